@@ -1,0 +1,28 @@
+"""Muon as a one-word change: ``import hf_muon``, then ``TrainingArguments(optim="muon")``."""
+
+import importlib.util
+import logging
+
+from .config import MuonConfig
+from .matrices import MatrixLayout
+from .optimizer import Muon
+from .orthogonalize import newton_schulz
+from .routing import explain, param_groups
+
+__version__ = "0.1.0"
+__all__ = ["MatrixLayout", "Muon", "MuonConfig", "explain", "newton_schulz", "param_groups"]
+
+# As transformers does for its own logger: the routing summary of a run must be seen without any set-up.
+_logger = logging.getLogger("hf_muon")
+if not _logger.handlers:
+    _logger.addHandler(logging.StreamHandler())
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False
+
+# The optimizer works on torch alone; with transformers installed, importing the package registers optim="muon".
+if importlib.util.find_spec("transformers") is not None:
+    from .integrations.registry import register, unregister
+    from .integrations.trainer import MuonFactory, create_optimizer
+
+    register()
+    __all__ += ["MuonFactory", "create_optimizer", "register", "unregister"]

@@ -1,0 +1,153 @@
+"""What Muon refuses, before anything is changed: groups at construction, parameters and gradients at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import NS_DTYPES, SCALES, SCALE_ALIASES
+from .coefficients import schedule
+from .matrices import MatrixLayout
+
+ALGORITHMS = ("muon", "adamw")
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    """``value`` if it is a finite number in ``[low, high)``.
+
+    Raises:
+        TypeError: a tensor: schedulers write ``group["lr"]``, and a tensor closed over elsewhere would drift from it.
+        ValueError: anything else that is not such a number.
+    """
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Python number, got a tensor {value!r}: pass {name}.item()")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        raise ValueError(f"{name} must be a number in [{low}, {high}), got {value!r}")
+    return float(value)
+
+
+def ns_dtype_name(value: str | torch.dtype) -> str:
+    """``"bfloat16"`` or ``"float32"``, from either spelling; the name is what state dicts hold."""
+    name = str(value).removeprefix("torch.")
+    if name not in NS_DTYPES:
+        raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {value!r}")
+    return name
+
+
+def check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """All numbers and choices of one group."""
+    if group["algorithm"] not in ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {group['algorithm']!r}")
+    number("lr", group["lr"], 0.0)
+    number("weight_decay", group["weight_decay"], 0.0)
+    if group["algorithm"] == "adamw":
+        number("betas[0]", group["betas"][0], 0.0, 1.0)
+        number("betas[1]", group["betas"][1], 0.0, 1.0)
+        number("eps", group["eps"], 0.0)
+        return
+    number("momentum", group["momentum"], 0.0, 1.0)
+    if number("update_rms", group["update_rms"], 0.0) == 0.0:
+        raise ValueError("update_rms must be positive, got 0")
+    if not isinstance(group["nesterov"], bool):
+        raise ValueError(f"nesterov must be True or False, got {group['nesterov']!r}")
+    if group["adjust_lr_fn"] not in (*SCALES, *SCALE_ALIASES):
+        choices = ", ".join((*SCALES, *SCALE_ALIASES))
+        raise ValueError(f"adjust_lr_fn must be one of {choices}, got {group['adjust_lr_fn']!r}")
+    if group["adjust_lr_fn"] == "sqrt_hidden_size" and not group.get("hidden_size"):
+        raise ValueError("adjust_lr_fn='sqrt_hidden_size' needs hidden_size, the H of 0.2 * sqrt(H): the model's config "
+                         "has none, so give hidden_size in the group")
+    schedule(group["ns_coefficients"], group["ns_steps"])
+
+
+def names(group: Mapping[str, Any]) -> list[str]:
+    """A name for each parameter of a group, for messages."""
+    given = group.get("param_names")
+    return list(given) if given else [f"parameter {i}" for i in range(len(group["params"]))]
+
+
+def check_parameters(group: Mapping[str, Any]) -> None:
+    """Dtypes, duplicates and, under Muon, that every parameter has a matrix layout of its own shape."""
+    if not group["params"]:
+        raise ValueError(f"empty {group['algorithm']!r} parameter group: leave it out, or check what should be in it")
+    if len({id(p) for p in group["params"]}) != len(group["params"]):
+        raise ValueError("a parameter appears twice in one group: tied weights must be given once")
+    for name, p in zip(names(group), group["params"]):
+        if p.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} has dtype {p.dtype}: Muon and AdamW train real floating-point weights only (quantized weights: "
+                "freeze them and train adapters)"
+            )
+        if group["algorithm"] == "muon" and "matrices" not in group and p.ndim != 2:
+            raise ValueError(
+                f"{name} of shape {list(p.shape)} is not a matrix: build the groups with hf_muon.param_groups(model), "
+                "or put it into a group with algorithm='adamw'"
+            )
+    for key in ("matrices", "kinds"):
+        if key in group and len(group[key]) != len(group["params"]):
+            raise ValueError(f"group has {len(group['params'])} parameters but {len(group[key])} entries in {key!r}")
+
+
+def check_storage(group: Mapping[str, Any], layouts: list[MatrixLayout]) -> None:
+    """Each parameter is stored whole, as its layout says. Run at every step: engines replace parameters later."""
+    if len(layouts) != len(group["params"]):
+        raise RuntimeError(
+            f"a muon group described {len(layouts)} parameters and now holds {len(group['params'])}: {_ENGINE_HELP}"
+        )
+    for name, p, layout in zip(names(group), group["params"], layouts):
+        if type(p) not in (torch.nn.Parameter, Tensor) or tuple(p.shape) != layout.shape:
+            kind = f"{type(p).__name__} of shape {list(p.shape)}"
+            raise RuntimeError(f"{name} was routed as {list(layout.shape)} but is now a {kind}: {_ENGINE_HELP}")
+
+
+_ENGINE_HELP = (
+    "a distributed engine has re-laid the parameters out, and this version of hf_muon serves one process and DDP only. "
+    "Remedy: run without DeepSpeed or FSDP, or use another optimizer; nothing has been changed"
+)
+
+
+def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    """A dense gradient of the parameter's own shape."""
+    if grad.is_sparse or grad.layout != torch.strided:
+        raise RuntimeError(f"{name} has a sparse gradient ({grad.layout}): use a dense one (Embedding(sparse=False))")
+    if grad.is_complex() or grad.shape != param.shape:
+        raise RuntimeError(
+            f"{name} of shape {list(param.shape)} has a {grad.dtype} gradient of shape {list(grad.shape)}"
+        )
+
+
+def all_finite(grads: list[Tensor]) -> bool:
+    """Whether no gradient holds a NaN or infinity: one pass, one synchronisation per device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        if grad.numel():
+            by_device.setdefault(grad.device, []).append(grad)
+    return all(
+        bool(torch.stack(torch._foreach_norm(same, float("inf"))).isfinite().all()) for same in by_device.values()
+    )
+
+
+def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """That a saved optimizer state belongs to these groups."""
+    saved = state_dict["param_groups"]
+    remedy = "load the checkpoint of a hf_muon run of the same model, or start with a fresh optimizer (no resume)"
+    if any("algorithm" not in group for group in saved):
+        raise ValueError(f"the saved state is another optimizer's, not hf_muon's (its groups name no algorithm): {remedy}")
+    ours = [(group["algorithm"], len(group["params"])) for group in groups]
+    theirs = [(group["algorithm"], len(group["params"])) for group in saved]
+    if ours != theirs:
+        raise ValueError(f"the saved state has groups {theirs}, the model has {ours}: {remedy}")
+    for group, other in zip(groups, saved):
+        if "param_names" in group and "param_names" in other and group["param_names"] != other["param_names"]:
+            odd = sorted(set(group["param_names"]) ^ set(other["param_names"]))[:5]
+            raise ValueError(f"the saved state is of other parameters (or of another order), e.g. {odd}: {remedy}")
+        for name, p, i in zip(names(group), group["params"], other["params"]):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if key != "step" and value.shape != p.shape:
+                    raise ValueError(
+                        f"{key} saved for {name} has shape {list(value.shape)}, not {list(p.shape)}: {remedy}"
+                    )

@@ -1,0 +1,50 @@
+"""Run a script or module that nobody edited with ``optim="muon"`` registered first.
+
+    accelerate launch -m hf_muon.run trl.scripts.sft --optim muon ...
+    python -m hf_muon.run my_script.py --optim muon ...
+
+The script's argument parser reads the optimizer choices when it is built, so ``import hf_muon`` must come before it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import sys
+
+import hf_muon  # noqa: F401  (registers)
+
+_USAGE = "usage: python -m hf_muon.run SCRIPT.py|MODULE [ARGS ...]"
+
+
+def main() -> None:
+    """Run ``sys.argv[1]`` as ``__main__`` with the remaining arguments.
+
+    Raises:
+        SystemExit: no target was given, or it is neither a file nor an importable module.
+    """
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(_USAGE)
+        raise SystemExit(0 if len(sys.argv) > 1 else 2)
+    target = sys.argv[1]
+    if target.endswith(".py") or os.path.isfile(target):
+        if not os.path.isfile(target):
+            raise SystemExit(f"hf_muon.run: no such script: {target}")
+        sys.argv = sys.argv[1:]
+        sys.path.insert(0, os.path.dirname(os.path.abspath(target)))
+        runpy.run_path(target, run_name="__main__")
+        return
+    sys.argv = sys.argv[1:]
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = importlib.util.find_spec(target)
+    except ModuleNotFoundError:  # of a parent package
+        found = None
+    if found is None:
+        raise SystemExit(f"hf_muon.run: no such module or script: {target}")
+    runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

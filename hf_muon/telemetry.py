@@ -1,0 +1,77 @@
+"""What a run shows of its optimizer: update and weight RMS per kind, learning rates, skipped steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Telemetry:
+    """Collects device-side sums during a step; numbers leave the device only when :meth:`metrics` is called."""
+
+    def __init__(self) -> None:
+        self.skipped_steps = 0
+        """Steps that changed nothing because a gradient was not finite."""
+        self.skipped_matrices = 0
+        """Matrices with a non-finite gradient in those steps, summed."""
+        self._squares: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, int] = {}
+        self._rates: dict[str, float] = {}
+
+    def start_step(self, param_groups: Iterable[dict[str, Any]]) -> None:
+        """Forget the last step's updates, and note this step's learning rates.
+
+        They are noted here because a scheduler has moved on by the time a Trainer logs.
+        """
+        self._squares.clear()
+        self._counts.clear()
+        self._rates.clear()
+        for group in param_groups:
+            key = "muon/lr" if group["algorithm"] == "muon" else "muon/adamw_lr"
+            self._rates.setdefault(key, group["lr"])
+
+    def record_update(self, kind: str, update: Tensor) -> None:
+        """Add one scaled update (before the learning rate) to its kind."""
+        self._squares.setdefault(kind, []).append(torch.linalg.vector_norm(update, dtype=torch.float32).square())
+        self._counts[kind] = self._counts.get(kind, 0) + update.numel()
+
+    def metrics(self, param_groups: Iterable[dict[str, Any]]) -> dict[str, float]:
+        """``muon/...`` log entries for the last step; kinds are those of the routing report.
+
+        ``muon/update_rms[/kind]`` is the RMS of what multiplies the learning rate (target 0.2); ``muon/weight_rms``
+        and ``muon/weight_rms/kind`` are those of the parameters as they are now.
+        """
+        groups = list(param_groups)
+        out: dict[str, float] = {}
+        squares = {kind: sum(float(s) for s in values) for kind, values in self._squares.items()}
+        out.update(_rms_by_kind("muon/update_rms", squares, self._counts))
+        out.update(_rms_by_kind("muon/weight_rms", *_weights(groups)))
+        out.update(self._rates)
+        out["muon/skipped_steps"] = self.skipped_steps
+        out["muon/skipped_matrices"] = self.skipped_matrices
+        return out
+
+
+def _weights(groups: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
+    squares: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for group in groups:
+        kinds = group.get("kinds") or [group["algorithm"]] * len(group["params"])
+        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float32) for p in group["params"]]
+        for kind, p, norm in zip(kinds, group["params"], norms):
+            squares[kind] = squares.get(kind, 0.0) + float(norm) ** 2
+            counts[kind] = counts.get(kind, 0) + p.numel()
+    return squares, counts
+
+
+def _rms_by_kind(prefix: str, squares: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
+    total = sum(counts.values())
+    if not total:
+        return {}
+    out = {prefix: math.sqrt(sum(squares.values()) / total)}
+    out.update({f"{prefix}/{kind}": math.sqrt(squares[kind] / counts[kind]) for kind in sorted(counts)})
+    return out

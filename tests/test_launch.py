@@ -1,0 +1,37 @@
+"""TRL's own SFT script, which nobody edited, started with ``optim="muon"`` by ``accelerate launch``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from . import tiny
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_launch_of_trl_sft(tmp_path, processes):
+    model, rows, out = tmp_path / "model", tmp_path / "rows", tmp_path / "out"
+    tiny.qwen2().save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    rows.mkdir()
+    messages = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3"}]
+    (rows / "train.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for _ in range(16)))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
+    command += ["--main_process_port=0"] if processes > 1 else []
+    command += ["-m", "hf_muon.run", "trl.scripts.sft", "--optim", "muon", "--optim_args", "momentum=0.9"]
+    command += ["--model_name_or_path", str(model), "--dataset_name", str(rows), "--output_dir", str(out)]
+    command += ["--max_steps=2", "--per_device_train_batch_size=2", "--logging_steps=1", "--use_cpu", "--bf16=false"]
+    command += ["--max_length=64", "--report_to=none", "--save_steps=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "optim='muon' is hf_muon's" in done.stderr and done.stderr.count("trainable parameters: Muon") == 1
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert [x["muon/update_rms"] > 0 for x in state["log_history"] if "loss" in x] == [True, True]

@@ -1,0 +1,177 @@
+"""``optim="muon"`` wherever transformers and TRL accept an optimizer name."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.training_args import OptimizerNames
+
+import hf_muon
+from hf_muon import MuonConfig
+from hf_muon.integrations import registry
+
+
+def _args(tmp_path, **options):
+    return TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("name", ["muon", "hf_muon"])
+def test_training_arguments_accept_the_name_and_serialize_it(tmp_path, name):
+    args = _args(tmp_path, optim=name, optim_args="momentum=0.9,ns_steps=5")
+    assert args.optim == name and isinstance(args.optim, OptimizerNames)
+    assert args.to_dict()["optim"] == name and json.loads(args.to_json_string())["optim"] == name
+    assert copy.deepcopy(args).optim is args.optim
+    assert [pickle.loads(pickle.dumps(args, protocol)).optim for protocol in (2, 4, 5)] == [args.optim] * 3
+
+
+def test_set_optimizer(tmp_path):
+    args = _args(tmp_path).set_optimizer("muon", learning_rate=1e-3, args="ns_steps=6")
+    assert args.optim == "muon" and args.optim_args == "ns_steps=6"
+
+
+def test_argument_parsers_and_yaml(tmp_path):
+    from trl import SFTConfig, TrlParser
+
+    argv = ["--output_dir", str(tmp_path), "--optim", "muon", "--optim_args", "momentum=0.9"]
+    (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv)
+    assert args.optim == "muon"
+    config = tmp_path / "config.yaml"
+    config.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\noptim: muon\noptim_args: momentum=0.9,nesterov=false\n")
+    (args,) = TrlParser(SFTConfig).parse_args_and_config(["--config", str(config)])
+    assert args.optim == "muon" and args.optim_args == "momentum=0.9,nesterov=false"
+
+
+def test_training_args_bin_loads_in_a_process_that_imports_nothing_of_ours(tmp_path):
+    torch.save(_args(tmp_path, optim="muon"), tmp_path / "training_args.bin")
+    code = (
+        "import sys, torch, transformers; assert 'hf_muon' not in sys.modules; "
+        f"args = torch.load({str(tmp_path / 'training_args.bin')!r}, weights_only=False); "
+        "assert args.optim.value == 'muon' and 'hf_muon' in sys.modules; print('loaded')"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.stdout.strip() == "loaded", out.stderr
+
+
+def test_register_is_idempotent_and_undoable():
+    def snapshot():
+        return list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), Trainer.log, Trainer.get_optimizer_cls_and_kwargs
+
+    before = snapshot()
+    hf_muon.register()
+    assert snapshot() == before
+    hf_muon.unregister()
+    try:
+        assert "muon" not in [m.value for m in OptimizerNames]
+        assert not hasattr(OptimizerNames, "MUON")
+        with pytest.raises(ValueError, match="muon is not a valid OptimizerNames"):
+            OptimizerNames("muon")
+        assert Trainer.log.__module__ == "transformers.trainer" and Trainer.log is not before[2]
+    finally:
+        hf_muon.register()
+    assert [m.value for m in OptimizerNames] == [m.value for m in before[0]]
+
+
+def test_a_muon_of_transformers_own_is_neither_replaced_nor_clobbered(caplog, monkeypatch):
+    hf_muon.unregister()
+    monkeypatch.setattr(registry, "_handler", object())  # stands for another owner of the name
+    theirs = registry._add_member("muon")
+    _OPTIMIZER_HANDLERS[theirs] = their_handler = lambda ctx: None
+    monkeypatch.undo()
+    monkeypatch.setattr(registry.logger, "propagate", True)
+    try:
+        with caplog.at_level("WARNING", logger="hf_muon"):
+            hf_muon.register()
+        assert "ships its own optim='muon'" in caplog.text and "'hf_muon' selects this package's" in caplog.text
+        assert _OPTIMIZER_HANDLERS[theirs] is their_handler
+        assert registry._is_ours(OptimizerNames("hf_muon")) and not registry._is_ours(OptimizerNames("muon"))
+        hf_muon.unregister()
+        assert OptimizerNames("muon") is theirs
+    finally:
+        del _OPTIMIZER_HANDLERS[theirs]
+        registry._remove_member(theirs)
+        hf_muon.register()
+    assert registry._is_ours(OptimizerNames("muon"))
+
+
+def test_optim_args_reach_the_config():
+    text = (
+        "momentum=0.9, nesterov=false, ns_steps=2, ns_coefficients=3/-4/2;2/-1.5/0.5, ns_dtype=float32, "
+        "adjust_lr_fn=inverse_rms, update_rms=0.4, muon_lr=1e-2, adamw_lr=1e-3, decay_norms_and_biases=no, "
+        "split_fused=0, per_head=true, lora=B, include=a.*;b, exclude=lm_head*"
+    )
+    assert MuonConfig.from_optim_args(text) == MuonConfig(
+        momentum=0.9,
+        nesterov=False,
+        ns_steps=2,
+        ns_coefficients=((3.0, -4.0, 2.0), (2.0, -1.5, 0.5)),
+        ns_dtype="float32",
+        adjust_lr_fn="inverse_rms",
+        update_rms=0.4,
+        muon_lr=1e-2,
+        adamw_lr=1e-3,
+        decay_norms_and_biases=False,
+        split_fused=False,
+        per_head=True,
+        lora="B",
+        include=("a.*", "b"),
+        exclude=("lm_head*",),
+    )
+    assert MuonConfig.from_optim_args(None) == MuonConfig.from_optim_args("") == MuonConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("momentun=0.9", "unknown optim_args key 'momentun'.*momentum, nesterov"),
+        ("momentum", "'momentum' is not key=value; valid keys: momentum"),
+        ("momentum=0.9,", "malformed"),
+        ("momentum=", "malformed"),
+        ("momentum=a=b", "malformed"),
+        ("momentum=0.9,momentum=0.8", "twice"),
+        ("momentum=high", "momentum='high'"),
+        ("momentum=1.5", "momentum must be"),
+        ("momentum=nan", "momentum must be"),
+        ("nesterov=maybe", "expected true or false"),
+        ("ns_dtype=float16", "bfloat16, float32"),
+        ("ns_steps=2.5", "ns_steps='2.5'"),
+        ("muon_lr=-1", "muon_lr must be"),
+        ("lora=A", "both, B"),
+    ],
+)
+def test_bad_optim_args_are_errors_before_the_first_step(tmp_path, text, message):
+    model = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=message):
+        Trainer.get_optimizer_cls_and_kwargs(_args(tmp_path, optim="muon", optim_args=text), model)
+
+
+def test_other_optimizers_are_untouched(tmp_path):
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(_args(tmp_path, optim="adamw_torch"), torch.nn.Linear(2, 2))
+    assert cls is torch.optim.AdamW and "momentum" not in kwargs
+
+
+def test_the_launcher_runs_files_and_modules_nobody_edited(tmp_path):
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "import sys\nfrom transformers import HfArgumentParser, TrainingArguments\nimport sibling\n"
+        "(args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses()\n"
+        "print(__name__, args.optim.value, sys.argv[1:])\n"
+    )
+    (tmp_path / "sibling.py").write_text("")
+    argv = ["--optim", "muon", "--output_dir", "out"]
+    env = {**os.environ, "PYTHONPATH": str(Path(hf_muon.__file__).parents[1])}
+    for target, cwd in ((str(script), None), ("plain", tmp_path)):
+        command = [sys.executable, "-m", "hf_muon.run", target, *argv]
+        out = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+        assert out.stdout.strip() == f"__main__ muon {argv}", out.stderr
+    for target in ("missing.py", "no.such.module"):
+        command = [sys.executable, "-m", "hf_muon.run", target]
+        out = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+        assert out.returncode == 1 and "no such" in out.stderr and target in out.stderr
