@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import NS_DTYPES, SCALES, SCALE_ALIASES
 from .coefficients import schedule
+from .config import NS_DTYPES, SCALE_ALIASES, SCALES
 from .matrices import MatrixLayout
 
 ALGORITHMS = ("muon", "adamw")
@@ -76,7 +76,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
         raise ValueError(f"empty {group['algorithm']!r} parameter group: leave it out, or check what should be in it")
     if len({id(p) for p in group["params"]}) != len(group["params"]):
         raise ValueError("a parameter appears twice in one group: tied weights must be given once")
-    for name, p in zip(names(group), group["params"]):
+    for name, p in zip(names(group), group["params"], strict=True):
         if p.dtype not in FLOATS:
             raise ValueError(
                 f"{name} has dtype {p.dtype}: Muon and AdamW train real floating-point weights only (quantized weights: "
@@ -98,7 +98,7 @@ def check_storage(group: Mapping[str, Any], layouts: list[MatrixLayout]) -> None
         raise RuntimeError(
             f"a muon group described {len(layouts)} parameters and now holds {len(group['params'])}: {_ENGINE_HELP}"
         )
-    for name, p, layout in zip(names(group), group["params"], layouts):
+    for name, p, layout in zip(names(group), group["params"], layouts, strict=True):
         if type(p) not in (torch.nn.Parameter, Tensor) or tuple(p.shape) != layout.shape:
             kind = f"{type(p).__name__} of shape {list(p.shape)}"
             raise RuntimeError(f"{name} was routed as {list(layout.shape)} but is now a {kind}: {_ENGINE_HELP}")
@@ -141,11 +141,11 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
     theirs = [(group["algorithm"], len(group["params"])) for group in saved]
     if ours != theirs:
         raise ValueError(f"the saved state has groups {theirs}, the model has {ours}: {remedy}")
-    for group, other in zip(groups, saved):
+    for group, other in zip(groups, saved, strict=True):
         if "param_names" in group and "param_names" in other and group["param_names"] != other["param_names"]:
             odd = sorted(set(group["param_names"]) ^ set(other["param_names"]))[:5]
             raise ValueError(f"the saved state is of other parameters (or of another order), e.g. {odd}: {remedy}")
-        for name, p, i in zip(names(group), group["params"], other["params"]):
+        for name, p, i in zip(names(group), group["params"], other["params"], strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key != "step" and value.shape != p.shape:
                     raise ValueError(

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Union
 
 Triple = tuple[float, float, float]
-Coefficients = Union[str, Sequence[float], Sequence[Sequence[float]]]
+Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 
 # Schedules whose single triple repeats for any number of steps.
 _REPEATED: dict[str, Triple] = {
@@ -98,5 +97,5 @@ def _triple(row: object) -> Triple:
 
 def _of_length(rows: tuple[Triple, ...], steps: int, name: str) -> tuple[Triple, ...]:
     if len(rows) != steps:
-        raise ValueError(f"ns_coefficients {name!r} has {len(rows)} steps, so ns_steps must be {len(rows)}, got {steps}")
+        raise ValueError(f"ns_coefficients {name!r} has {len(rows)} steps: ns_steps must be {len(rows)}, got {steps}")
     return rows

@@ -90,9 +90,10 @@ class MuonConfig:
             ValueError: an unknown key or a value of the wrong kind; the message names the valid ones.
         """
         parsed: dict[str, Any] = {}
+        valid = cls.keys()
         for key, text in values.items():
-            if key not in cls.keys():
-                raise ValueError(f"unknown optim_args key {key!r}; valid keys: {', '.join(cls.keys())}")
+            if key not in valid:
+                raise ValueError(f"unknown optim_args key {key!r}; valid keys: {', '.join(valid)}")
             try:
                 parsed[key] = _PARSERS.get(key, str)(text)
             except ValueError as error:
@@ -121,7 +122,9 @@ class MuonConfig:
         return cls.from_strings(pairs)
 
 
-def _check_number(name: str, value: Any, low: float, high: float, open_start: bool = False, open_end: bool = False) -> None:
+def _check_number(
+    name: str, value: Any, low: float, high: float, open_start: bool = False, open_end: bool = False
+) -> None:
     """Refuse what is not a plain finite number in the interval; a tensor is refused by its type."""
     left, right = "([" [not open_start], ")]"[not open_end]
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

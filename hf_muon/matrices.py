@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import lru_cache
+from functools import cache
 
 from torch import Tensor
 
@@ -65,7 +65,7 @@ class MatrixLayout:
             )
         if self.heads and len(self.heads) != len(sizes):
             raise ValueError(f"{len(self.heads)} head counts for {len(sizes)} pieces")
-        for size, heads in zip(sizes, self.heads or (1,) * len(sizes)):
+        for size, heads in zip(sizes, self.heads or (1,) * len(sizes), strict=True):
             if heads < 1 or (self.blocks * size) % heads:
                 raise ValueError(f"{self.blocks * size} rows or columns do not divide into {heads} heads in {self.shape}")
 
@@ -100,7 +100,7 @@ class MatrixLayout:
         rows, cols = self._rows_cols()
         sizes = self.sizes or ((rows, cols)[self.dim],)
         out = []
-        for size, heads in zip(sizes, self.heads or (1,) * len(sizes)):
+        for size, heads in zip(sizes, self.heads or (1,) * len(sizes), strict=True):
             length = self.blocks * size // heads
             out.append((self.count * heads, length, cols) if self.dim == 0 else (self.count * heads, rows, length))
         return out
@@ -143,6 +143,6 @@ class MatrixLayout:
         return _layout(tuple(tuple(v) if isinstance(v, list) else v for v in key))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _layout(key: tuple[object, ...]) -> MatrixLayout:
     return MatrixLayout(*key)  # type: ignore[arg-type]

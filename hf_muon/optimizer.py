@@ -113,7 +113,6 @@ class Muon(Optimizer):
                 loss = closure()
         if not self._ready():
             return loss
-        self.telemetry.start_step(self.param_groups)
         for group in self.param_groups:
             if group["algorithm"] == "adamw":
                 self._step_adamw(group)
@@ -146,18 +145,19 @@ class Muon(Optimizer):
             checks.number("lr", group["lr"], 0.0)
             if group["algorithm"] == "muon":
                 checks.check_storage(group, _layouts(group))
-            for name, p in zip(checks.names(group), group["params"]):
+            for name, p in zip(checks.names(group), group["params"], strict=True):
                 if p.grad is not None:
                     checks.check_gradient(name, p, p.grad)
                     grads.append(p.grad)
         if not grads:
             return False
+        self.telemetry.start_step(self.param_groups)
         if checks.all_finite(grads):
             return True
         self.telemetry.skipped_steps += 1
         for group in self.param_groups:
             if group["algorithm"] == "muon":
-                bad = (x for x in zip(group["params"], _layouts(group)) if x[0].grad is not None)
+                bad = (x for x in zip(group["params"], _layouts(group), strict=True) if x[0].grad is not None)
                 self.telemetry.skipped_matrices += sum(_non_finite_matrices(p.grad, layout) for p, layout in bad)
         return False
 
@@ -165,7 +165,7 @@ class Muon(Optimizer):
         """Apply momentum where it is stored, and list the pieces whose matrices are now due."""
         kinds = group.get("kinds") or ["matrix"] * len(group["params"])
         out: list[exchange.Piece] = []
-        for p, layout, kind in zip(group["params"], _layouts(group), kinds):
+        for p, layout, kind in zip(group["params"], _layouts(group), kinds, strict=True):
             if p.grad is None:
                 continue
             state = self.state[p]
@@ -216,7 +216,7 @@ class Muon(Optimizer):
         # weights; what was saved is put back as it was.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params):
+        for i, p in zip(ids, params, strict=True):
             saved = state_dict["state"].get(i, {}).get("momentum_buffer")
             if saved is not None and saved.dtype != p.dtype:
                 self.state[p]["momentum_buffer"] = saved.detach().to(device=p.device, copy=True)

@@ -49,7 +49,7 @@ def newton_schulz(
     if size >= len(stack):
         return _iterate(stack, triples, dtype).reshape(G.shape)
     out = torch.empty(stack.shape, dtype=dtype, device=G.device)
-    for chunk, target in zip(stack.split(size), out.split(size)):
+    for chunk, target in zip(stack.split(size), out.split(size), strict=True):
         target.copy_(_iterate(chunk, triples, dtype))
     return out.reshape(G.shape)
 

@@ -13,7 +13,9 @@ import os
 import runpy
 import sys
 
-import hf_muon  # noqa: F401  (registers)
+import hf_muon
+
+hf_muon.register()  # the import did it; this line says why the import is there
 
 _USAGE = "usage: python -m hf_muon.run SCRIPT.py|MODULE [ARGS ...]"
 

@@ -42,30 +42,40 @@ class Telemetry:
     def metrics(self, param_groups: Iterable[dict[str, Any]]) -> dict[str, float]:
         """``muon/...`` log entries for the last step; kinds are those of the routing report.
 
-        ``muon/update_rms[/kind]`` is the RMS of what multiplies the learning rate (target 0.2); ``muon/weight_rms``
-        and ``muon/weight_rms/kind`` are those of the parameters as they are now.
+        ``muon/update_rms[/kind]`` is the RMS of what multiplies the learning rate (target 0.2), absent if the step was
+        skipped; ``muon/weight_rms[/kind]`` is that of the parameters as they are now, AdamW's included.
         """
-        groups = list(param_groups)
-        out: dict[str, float] = {}
-        squares = {kind: sum(float(s) for s in values) for kind, values in self._squares.items()}
-        out.update(_rms_by_kind("muon/update_rms", squares, self._counts))
-        out.update(_rms_by_kind("muon/weight_rms", *_weights(groups)))
+        out = _rms_by_kind("muon/update_rms", _sums(self._squares), self._counts)
+        out.update(_rms_by_kind("muon/weight_rms", *_weights(param_groups)))
         out.update(self._rates)
         out["muon/skipped_steps"] = self.skipped_steps
         out["muon/skipped_matrices"] = self.skipped_matrices
         return out
 
 
-def _weights(groups: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
-    squares: dict[str, float] = {}
+def _weights(groups: Iterable[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
+    squares: dict[str, list[Tensor]] = {}
     counts: dict[str, int] = {}
     for group in groups:
         kinds = group.get("kinds") or [group["algorithm"]] * len(group["params"])
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=torch.float32) for p in group["params"]]
-        for kind, p, norm in zip(kinds, group["params"], norms):
-            squares[kind] = squares.get(kind, 0.0) + float(norm) ** 2
+        for kind, p in zip(kinds, group["params"], strict=True):
+            norm = torch.linalg.vector_norm(p.detach(), dtype=torch.float32)
+            squares.setdefault(kind, []).append(norm.square())
             counts[kind] = counts.get(kind, 0) + p.numel()
-    return squares, counts
+    return _sums(squares), counts
+
+
+def _sums(values: dict[str, list[Tensor]]) -> dict[str, float]:
+    """Sums of scalars per key, with one transfer from each device rather than one per scalar."""
+    out = dict.fromkeys(values, 0.0)
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for key, scalars in values.items():
+        for scalar in scalars:
+            by_device.setdefault(scalar.device, []).append((key, scalar))
+    for pairs in by_device.values():
+        for (key, _), number in zip(pairs, torch.stack([scalar for _, scalar in pairs]).tolist(), strict=True):
+            out[key] += number
+    return out
 
 
 def _rms_by_kind(prefix: str, squares: dict[str, float], counts: dict[str, int]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_gradients_are_never_modified():
     _grads(params, 0)
     copies = [p.grad.clone() for p in params]
     optimizer.step()
-    assert all(torch.equal(p.grad, c) for p, c in zip(params, copies))
+    assert all(torch.equal(p.grad, c) for p, c in zip(params, copies, strict=True))
 
 
 def test_momentum_is_the_sum_form_in_float32_also_for_bf16_weights():
@@ -177,7 +178,7 @@ def test_a_non_finite_gradient_skips_the_step_and_is_counted(value, where):
     _grads(params, 1)
     params[where].grad.view(-1)[0] = value
     optimizer.step()
-    assert all(torch.equal(p, b) for p, b in zip(params, before[0]))
+    assert all(torch.equal(p, b) for p, b in zip(params, before[0], strict=True))
     for index, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[key], before[1][index][key]) for key in state)
     metrics = optimizer.metrics()
@@ -191,7 +192,7 @@ def test_metrics_are_the_rms_of_what_was_applied():
     _grads(params, 0)
     optimizer.step()
     metrics = optimizer.metrics()
-    for p, s, kind in zip(params, start, ["mlp", "experts", "attention", "conv"]):
+    for p, s, kind in zip(params, start, ["mlp", "experts", "attention", "conv"], strict=False):
         applied = ((s - p.detach()) / 1e-2).square().mean().sqrt().item()
         assert metrics[f"muon/update_rms/{kind}"] == pytest.approx(applied, rel=1e-3)
         assert metrics[f"muon/weight_rms/{kind}"] == pytest.approx(p.square().mean().sqrt().item(), rel=1e-5)
@@ -209,7 +210,7 @@ def test_save_load_and_go_on_is_bit_exact(dtype, tmp_path):
                 torch.save((optimizer.state_dict(), [p.detach() for p in params]), tmp_path / "state.pt")
                 state, weights = torch.load(tmp_path / "state.pt", weights_only=True)
                 params, optimizer = _mixed()
-                for p, w in zip(params, weights):
+                for p, w in zip(params, weights, strict=True):
                     p.data = w.clone()
                 optimizer.load_state_dict(state)
             _grads(params, step)
@@ -217,7 +218,7 @@ def test_save_load_and_go_on_is_bit_exact(dtype, tmp_path):
         return params, optimizer
 
     whole, resumed = run(6), run(6, resume_at=3)
-    assert all(torch.equal(a, b) for a, b in zip(whole[0], resumed[0]))
+    assert all(torch.equal(a, b) for a, b in zip(whole[0], resumed[0], strict=True))
     a, b = whole[1].state_dict(), resumed[1].state_dict()
     assert a["param_groups"] == b["param_groups"]
     for index, state in a["state"].items():
@@ -304,15 +305,10 @@ def test_bad_hyper_parameters_name_the_value(options, error, message):
     ],
 )
 def test_bad_parameters_are_refused_by_name(groups, message):
-    with pytest.warns() if message == "twice" else _nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own warning of a duplicate, which we make an error
         with pytest.raises(ValueError, match=message):
             Muon(groups())
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def test_sparse_gradients_are_refused_before_anything_changes():
@@ -339,7 +335,7 @@ def test_parameters_re_laid_out_by_an_engine_are_refused_by_name():
     with pytest.raises(RuntimeError, match="4 parameters and now holds 1"):
         optimizer.step()
     optimizer.param_groups[0]["params"] = [_param(384), *params[1:4]]
-    with pytest.raises(RuntimeError, match="w0 was routed as .16, 24. but is now"):
+    with pytest.raises(RuntimeError, match=r"w0 was routed as \[16, 24\] but is now"):
         optimizer.step()
     assert not optimizer.state
 

@@ -26,7 +26,7 @@ def _replay(reference, ns_dtype, steps=8):
         yield step, params
 
 
-@pytest.mark.parametrize("file, ns_dtype, tolerance", [("ns32", "float32", 1e-5), ("ns16", "bfloat16", 5e-2)])
+@pytest.mark.parametrize(("file", "ns_dtype", "tolerance"), [("ns32", "float32", 1e-5), ("ns16", "bfloat16", 5e-2)])
 def test_every_matrix_follows_moonlights_own_code(data, file, ns_dtype, tolerance):
     # 5e-2 for bf16: both round, in different product orders, and the schedule amplifies it (1.5e-2..4e-2 seen).
     reference = load_file(data / f"moonlight_toy_train_{file}.safetensors")
@@ -82,12 +82,12 @@ def test_adamw_groups_are_bit_equal_to_torch_adamw(dtype):
     a = Muon([{"params": ours, "algorithm": "adamw"}], **hyper)
     b = torch.optim.AdamW(theirs, foreach=False, **hyper)
     for step in range(20):
-        for x, y in zip(ours, theirs):
+        for x, y in zip(ours, theirs, strict=True):
             x.grad = None if step == 3 and x.ndim == 2 else torch.randn_like(x)
             y.grad = None if x.grad is None else x.grad.clone()
         a.step()
         b.step()
-    for x, y in zip(ours, theirs):
+    for x, y in zip(ours, theirs, strict=True):
         assert torch.equal(x, y)
         for key, value in b.state[y].items():
             assert torch.equal(a.state[x][key], value), key

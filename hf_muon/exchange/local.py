@@ -35,7 +35,7 @@ class Piece:
 
 def pieces(param: Tensor, grad: Tensor, momentum_buffer: Tensor, layout: MatrixLayout, kind: str) -> Iterator[Piece]:
     """The pieces of one parameter; each element belongs to exactly one."""
-    views = zip(layout.pieces(param), layout.pieces(grad), layout.pieces(momentum_buffer))
+    views = zip(layout.pieces(param), layout.pieces(grad), layout.pieces(momentum_buffer), strict=True)
     for index, (p, g, m) in enumerate(views):
         yield Piece(p, g, m, layout, index, kind)
 
@@ -61,12 +61,12 @@ def batches(all_pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 def to_matrices(batch: list[Piece], tensors: list[Tensor]) -> Tensor:
     """``tensors`` (one per piece, in its shape) as one stack of whole matrices ``[n, rows, cols]``, as stored."""
-    stacks = [piece.layout.to_matrices(tensor, piece.index) for piece, tensor in zip(batch, tensors)]
+    stacks = [piece.layout.to_matrices(tensor, piece.index) for piece, tensor in zip(batch, tensors, strict=True)]
     return stacks[0] if len(stacks) == 1 else torch.cat(stacks)
 
 
 def to_storage(batch: list[Piece], stack: Tensor) -> Iterator[tuple[Piece, Tensor]]:
     """The inverse of :func:`to_matrices`: each piece with its own part of ``stack``, in the piece's shape."""
     parts = stack.split([piece.matrices[0] for piece in batch])
-    for piece, part in zip(batch, parts):
+    for piece, part in zip(batch, parts, strict=True):
         yield piece, piece.layout.from_matrices(part, piece.index, piece.param)

@@ -70,7 +70,7 @@ def member(value: str) -> OptimizerNames:
 
 
 def _handler(ctx: OptimizerContext) -> tuple[type[MuonFactory], dict[str, Any]]:
-    """transformers' handler protocol: what to call, and with which keywords."""
+    """The handler protocol of transformers: what to call, and with which keywords."""
     return MuonFactory, arguments(ctx.args, MuonConfig.from_strings(ctx.optim_args))
 
 

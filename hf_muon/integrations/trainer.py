@@ -36,6 +36,7 @@ class MuonFactory:
         eps: float = 1e-8,
         **options: Any,
     ) -> Muon:
+        """The optimizer for ``model``; see the class."""
         unknown = sorted(set(options) - _CONFIG_KEYS)
         if unknown:
             raise ValueError(f"unknown Muon options {unknown}; valid: {', '.join(MuonConfig.keys())}")

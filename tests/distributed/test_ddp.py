@@ -48,6 +48,6 @@ def test_resume_under_ddp_is_bit_exact(tmp_path):
     whole = run(tmp_path / "whole", 2, steps=6, rows=2)
     run(tmp_path / "parts", 2, steps=3, rows=2)
     resumed = run(tmp_path / "parts", 2, steps=6, rows=2, resume="resume")
-    for a, b in zip(whole, resumed):
+    for a, b in zip(whole, resumed, strict=True):
         assert all(torch.equal(a["weights"][n], b["weights"][n]) for n in a["weights"])
-        assert all(torch.equal(x, y) for x, y in zip(a["momentum"], b["momentum"]))
+        assert all(torch.equal(x, y) for x, y in zip(a["momentum"], b["momentum"], strict=True))

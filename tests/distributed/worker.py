@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-import hf_muon  # noqa: F401
+import hf_muon
 from tests import tiny
+
+hf_muon.register()
 
 
 class SequentialTrainer(Trainer):
