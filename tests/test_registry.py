@@ -62,7 +62,8 @@ def test_training_args_bin_loads_in_a_process_that_imports_nothing_of_ours(tmp_p
 
 def test_register_is_idempotent_and_undoable():
     def snapshot():
-        return list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), Trainer.log, Trainer.get_optimizer_cls_and_kwargs
+        wrapped = Trainer.log, Trainer.get_optimizer_cls_and_kwargs, TrainingArguments.__post_init__
+        return list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), wrapped
 
     before = snapshot()
     hf_muon.register()
@@ -73,7 +74,8 @@ def test_register_is_idempotent_and_undoable():
         assert not hasattr(OptimizerNames, "MUON")
         with pytest.raises(ValueError, match="muon is not a valid OptimizerNames"):
             OptimizerNames("muon")
-        assert Trainer.log.__module__ == "transformers.trainer" and Trainer.log is not before[2]
+        assert not any(hasattr(method, registry._WRAPPED) for method in snapshot()[2])
+        assert all(a is not b for a, b in zip(snapshot()[2], before[2], strict=True))
     finally:
         hf_muon.register()
     assert [m.value for m in OptimizerNames] == [m.value for m in before[0]]
@@ -147,9 +149,25 @@ def test_optim_args_reach_the_config():
     ],
 )
 def test_bad_optim_args_are_errors_before_the_first_step(tmp_path, text, message):
-    model = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match=message):
-        Trainer.get_optimizer_cls_and_kwargs(_args(tmp_path, optim="muon", optim_args=text), model)
+        _args(tmp_path, optim="muon", optim_args=text)
+    late = _args(tmp_path).set_optimizer("muon", args=text)
+    with pytest.raises(ValueError, match=message):
+        Trainer.get_optimizer_cls_and_kwargs(late, torch.nn.Linear(4, 4))
+
+
+def test_a_deepspeed_run_is_refused_while_its_arguments_are_built(tmp_path, monkeypatch):
+    # With an "optimizer" section in its config the Trainer would train with that one and never look at optim.
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(RuntimeError, match="DeepSpeed is active"):
+        registry._check(_args_without_checks(tmp_path, monkeypatch))
+
+
+def _args_without_checks(tmp_path, monkeypatch):
+    """Arguments built before the variable is set: building them would start DeepSpeed itself."""
+    with monkeypatch.context() as context:
+        context.delenv("ACCELERATE_USE_DEEPSPEED")
+        return _args(tmp_path, optim="muon")
 
 
 def test_other_optimizers_are_untouched(tmp_path):

@@ -1,8 +1,9 @@
 """Makes ``optim="muon"`` a valid choice of ``transformers.TrainingArguments``, and takes it back.
 
 transformers has no plugin point for optimizers, so this adds a member to its ``OptimizerNames`` enum and a handler to
-its table, and wraps two methods of ``Trainer``: ``log`` (to add ``muon/...`` to the training logs) and
-``get_optimizer_cls_and_kwargs`` (to explain a malformed ``optim_args``). All of it is idempotent and undone by
+its table, and wraps three methods: ``Trainer.log`` adds ``muon/...`` to the training logs;
+``TrainingArguments.__post_init__`` and ``Trainer.get_optimizer_cls_and_kwargs`` refuse, as early as it can be known, a
+malformed ``optim_args`` and an engine that would train with something else. All of it is idempotent and undone by
 :func:`unregister`.
 """
 
@@ -14,10 +15,10 @@ from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import MuonConfig
-from .trainer import MuonFactory, arguments, find_muon
+from .trainer import MuonFactory, arguments, find_muon, refuse_unsupported_engine
 
 logger = logging.getLogger("hf_muon")
 
@@ -25,6 +26,8 @@ NAMES = ("muon", "hf_muon")
 """``optim`` values of this package. The second is ours even if a future transformers has a "muon" of its own."""
 
 _WRAPPED = "_hf_muon_original"
+# The enum is closed to type checkers, as it is to everybody else.
+_ENUM: Any = OptimizerNames
 
 
 def register() -> None:
@@ -33,7 +36,7 @@ def register() -> None:
     A "muon" that transformers itself ships is left alone, and a warning says that it is the one in use.
     """
     for name in NAMES:
-        member = OptimizerNames._value2member_map_.get(name)
+        member = _ENUM._value2member_map_.get(name)
         if member is None:
             _OPTIMIZER_HANDLERS[_add_member(name)] = _handler
         elif not _is_ours(member):
@@ -42,25 +45,25 @@ def register() -> None:
                 "optim='hf_muon' selects this package's Muon.",
                 name,
             )
-    if not hasattr(Trainer.log, _WRAPPED):
-        Trainer.log = _with_muon_metrics(Trainer.log)
-    if not hasattr(Trainer.get_optimizer_cls_and_kwargs, _WRAPPED):
-        wrapped = _with_checked_optim_args(Trainer.get_optimizer_cls_and_kwargs)
-        Trainer.get_optimizer_cls_and_kwargs = staticmethod(wrapped)
+    for owner, name, wrap, static in _WRAPS:
+        method = getattr(owner, name)
+        if not hasattr(method, _WRAPPED):
+            wrapped = wrap(method)
+            setattr(wrapped, _WRAPPED, method)
+            setattr(owner, name, staticmethod(wrapped) if static else wrapped)
 
 
 def unregister() -> None:
     """Undo :func:`register`: transformers is as it was."""
     for name in NAMES:
-        member = OptimizerNames._value2member_map_.get(name)
+        member = _ENUM._value2member_map_.get(name)
         if member is not None and _is_ours(member):
             _OPTIMIZER_HANDLERS.pop(member, None)
             _remove_member(member)
-    if hasattr(Trainer.log, _WRAPPED):
-        Trainer.log = getattr(Trainer.log, _WRAPPED)
-    if hasattr(Trainer.get_optimizer_cls_and_kwargs, _WRAPPED):
-        original = getattr(Trainer.get_optimizer_cls_and_kwargs, _WRAPPED)
-        Trainer.get_optimizer_cls_and_kwargs = staticmethod(original)
+    for owner, name, _, static in _WRAPS:
+        original = getattr(getattr(owner, name), _WRAPPED, None)
+        if original is not None:
+            setattr(owner, name, staticmethod(original) if static else original)
 
 
 def member(value: str) -> OptimizerNames:
@@ -78,31 +81,31 @@ def _is_ours(optim: Any) -> bool:
     return isinstance(optim, OptimizerNames) and _OPTIMIZER_HANDLERS.get(optim) is _handler
 
 
-def _add_member(value: str) -> OptimizerNames:
+def _add_member(value: str) -> Any:
     """A new member of a closed enum, made as ``EnumType`` makes them."""
-    new = str.__new__(OptimizerNames, value)
+    new: Any = str.__new__(_ENUM, value)
     new._name_, new._value_ = value.upper(), value
-    new.__objclass__ = OptimizerNames
-    new._sort_order_ = len(OptimizerNames._member_names_)
+    new.__objclass__ = _ENUM
+    new._sort_order_ = len(_ENUM._member_names_)
     # By default an enum member pickles as "OptimizerNames('muon')", which fails in a process that has not imported
     # this package; through our function the unpickling of training_args.bin imports it.
     new.__reduce_ex__ = lambda protocol: (member, (value,))
-    OptimizerNames._member_names_.append(new._name_)
-    OptimizerNames._member_map_[new._name_] = new
-    OptimizerNames._value2member_map_[value] = new
-    if hasattr(OptimizerNames, "_hashable_values_"):  # CPython >= 3.12 looks values up here too
-        OptimizerNames._hashable_values_.append(value)
-    type.__setattr__(OptimizerNames, new._name_, new)
+    _ENUM._member_names_.append(new._name_)
+    _ENUM._member_map_[new._name_] = new
+    _ENUM._value2member_map_[value] = new
+    if hasattr(_ENUM, "_hashable_values_"):  # CPython >= 3.12 looks values up here too
+        _ENUM._hashable_values_.append(value)
+    type.__setattr__(_ENUM, new._name_, new)
     return new
 
 
-def _remove_member(old: OptimizerNames) -> None:
-    OptimizerNames._member_names_.remove(old._name_)
-    del OptimizerNames._member_map_[old._name_]
-    del OptimizerNames._value2member_map_[old._value_]
-    if hasattr(OptimizerNames, "_hashable_values_"):
-        OptimizerNames._hashable_values_.remove(old._value_)
-    type.__delattr__(OptimizerNames, old._name_)
+def _remove_member(old: Any) -> None:
+    _ENUM._member_names_.remove(old._name_)
+    del _ENUM._member_map_[old._name_]
+    del _ENUM._value2member_map_[old._value_]
+    if hasattr(_ENUM, "_hashable_values_"):
+        _ENUM._hashable_values_.remove(old._value_)
+    type.__delattr__(_ENUM, old._name_)
 
 
 def _with_muon_metrics(original: Any) -> Any:
@@ -114,16 +117,40 @@ def _with_muon_metrics(original: Any) -> Any:
             logs.update(optimizer.metrics())
         original(self, logs, start_time)
 
-    setattr(log, _WRAPPED, original)
     return log
 
 
 def _with_checked_optim_args(original: Any) -> Any:
     @functools.wraps(original)
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        if _is_ours(args.optim):
-            MuonConfig.from_optim_args(args.optim_args)
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        _check(args)
         return original(args, model)
 
-    setattr(get_optimizer_cls_and_kwargs, _WRAPPED, original)
     return get_optimizer_cls_and_kwargs
+
+
+def _with_early_checks(original: Any) -> Any:
+    @functools.wraps(original)
+    def __post_init__(self: TrainingArguments) -> None:
+        original(self)
+        _check(self)
+
+    return __post_init__
+
+
+def _check(args: TrainingArguments) -> None:
+    """Refuse what could not train with this package's Muon.
+
+    DeepSpeed's config may hold an "optimizer" section, and the Trainer then builds that one and never asks for ``optim``:
+    only a check on the arguments themselves can see it.
+    """
+    if _is_ours(args.optim):
+        MuonConfig.from_optim_args(args.optim_args)
+        refuse_unsupported_engine()
+
+
+_WRAPS: tuple[tuple[Any, str, Any, bool], ...] = (
+    (Trainer, "log", _with_muon_metrics, False),
+    (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args, True),
+    (TrainingArguments, "__post_init__", _with_early_checks, False),
+)
