@@ -1,0 +1,107 @@
+"""What every training script does around ``trainer.train()``: resume, held-out loss before and after, saving."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+# In a checkpoint beside the model: what only a resumed run needs.
+RESUME_FILES = ("optimizer", "scheduler", "scaler", "rng_state")
+
+
+def train_and_report(trainer: Trainer) -> None:
+    """Train to the end, resuming by itself; held-out loss before and after; save model, metrics and state; say so."""
+    args = trainer.args
+    say = trainer.accelerator.print
+    checkpoint = find_checkpoint(args)
+    if checkpoint and is_finished(checkpoint, args):
+        say(f"{args.output_dir} is trained to its end; name another output_dir to train anew")
+        trainer.state = _copy_results(checkpoint, args)
+    else:
+        say(f"resuming from {checkpoint}" if checkpoint else f"starting in {args.output_dir}")
+        # Inside train(), for DeepSpeed's and FSDP's engines exist only there. A resumed run has it in its history.
+        args.eval_on_start = trainer.eval_dataset is not None and checkpoint is None
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_metrics("train", {**result.metrics, "train_global_steps": trainer.state.global_step})
+        if trainer.eval_dataset is not None and trainer.state.global_step not in _eval_losses(trainer.state):
+            trainer.evaluate()
+        trainer.save_state()
+    losses = _eval_losses(trainer.state)
+    if losses:
+        before, after = losses.get(0, math.nan), losses[max(losses)]
+        trainer.save_metrics("eval", {"eval_loss_before": before, "eval_loss": after})
+        say(f"held-out loss: {before:.4f} before training, {after:.4f} after {max(losses)} steps")
+    say(f"saved to {args.output_dir}")
+    # Closes trackers and the process group: without it a distributed run can abort when Python exits.
+    trainer.end()
+
+
+def find_checkpoint(args: Any) -> str | None:
+    """The checkpoint that the user named, else the last complete one in ``output_dir``, else None.
+
+    Raises:
+        ValueError: the checkpoint that the user named does not exist.
+    """
+    asked = args.resume_from_checkpoint
+    if asked and str(asked).lower() != "true":
+        if not Path(asked).is_dir():
+            raise ValueError(f"resume_from_checkpoint={asked!r} is not a folder; leave it out to resume by itself")
+        return asked
+    # One process looks (and may move a broken folder aside) before the others do.
+    with args.main_process_first(desc="looking for a checkpoint"):
+        return last_complete_checkpoint(args.output_dir)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end.
+
+    The Trainer writes ``trainer_state.json`` last: a folder without it is what a killed process left, and resuming from
+    it would fail. It gets another name; nothing is deleted.
+    """
+    while Path(output_dir).is_dir():
+        newest = get_last_checkpoint(output_dir)
+        if newest is None or _state_of(newest) is not None:
+            return newest
+        folder = Path(newest)
+        shutil.rmtree(folder.with_name(f"incomplete-{folder.name}"), ignore_errors=True)
+        folder.rename(folder.with_name(f"incomplete-{folder.name}"))
+    return None
+
+
+def is_finished(checkpoint: str, args: Any) -> bool:
+    """Whether nothing is left to train: the Trainer would still take one more step (seen in transformers 5.23)."""
+    state = _state_of(checkpoint)
+    if state is None:
+        return False
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= math.ceil(args.num_train_epochs)
+
+
+def _state_of(folder: str) -> TrainerState | None:
+    try:
+        return TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
+    except (OSError, ValueError):
+        return None
+
+
+def _copy_results(checkpoint: str, args: Any) -> TrainerState:
+    """Put a finished run's model and state into ``output_dir``, where a kill after the last checkpoint left none."""
+    last, saved = _state_of(checkpoint), _state_of(args.output_dir)
+    if saved is not None and saved.global_step == last.global_step:
+        return saved
+    if args.should_save:
+        for file in Path(checkpoint).iterdir():
+            if file.is_file() and not file.name.startswith(RESUME_FILES):
+                shutil.copy2(file, args.output_dir)
+    return last
+
+
+def _eval_losses(state: TrainerState) -> dict[int, float]:
+    return {int(row["step"]): row["eval_loss"] for row in state.log_history if "eval_loss" in row}
