@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -55,14 +55,17 @@ class Site:
 
     @property
     def heads(self) -> int | None:
+        """Number of query heads."""
         return self.get("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
 
     @property
     def kv_heads(self) -> int | None:
+        """Number of key-value heads."""
         return self.get("num_key_value_heads", "num_kv_heads", "kv_n_heads") or self.heads
 
     @property
     def head_dim(self) -> int | None:
+        """Width of a head."""
         known = self.get("head_dim", "attention_head_size", "head_size", "d_head", "dim_head")
         return known or (self.inputs // self.heads if self.heads else None)
 
@@ -118,7 +121,7 @@ def _query(site: Site) -> Cut | None:
 
 
 def _mamba2(site: Site) -> Cut:
-    """z | x | B | C | dt: the forward cuts z, xBC, dt, and xBC again behind its depthwise convolution."""
+    """Z | x | B | C | dt: the forward cuts z, xBC, dt, and xBC again behind its depthwise convolution."""
     inner, heads = site.get("intermediate_size"), site.get("num_heads")
     state = (site.get("n_groups") or 1) * (site.get("ssm_state_size") or 0)
     return Cut((inner, inner, state, state, heads))
@@ -150,6 +153,7 @@ def _glu(site: Site) -> Cut | None:
     return _equal(2)(site) if site.outputs == 2 * site.inputs else None
 
 
+# fmt: off
 # (class and attribute, rule); the first match counts. The class is named only where one attribute has two layouts.
 RULES: tuple[tuple[str, Rule], ...] = (
     # Attention. MLA projections stay whole, as in Moonlight's own training: latent | rope, nope | rope, k | v per head.
@@ -170,22 +174,25 @@ RULES: tuple[tuple[str, Rule], ...] = (
                                        s.get("index_kv_heads") * s.get("index_head_dim")))),
     # State space and linear attention.
     ("ZambaMambaMixer.in_proj", lambda s: Cut((1, 1), s.outputs // 2)), ("*MambaMixer.in_proj", _in_proj),
-    ("*Mamba*.in_proj", _in_proj), ("BambaMixer.in_proj", _in_proj), ("*ShortConv.in_proj", _equal(3)),
+    ("*Mamba*.in_proj", _in_proj), ("*Mixer.in_proj", _in_proj), ("*ShortConv.in_proj", _equal(3)),
     ("*MambaMixer.x_proj", _sizes("time_step_rank", "ssm_state_size", "ssm_state_size")),
     ("*.in_proj_qkv", _sizes("key_dim", "key_dim", "value_dim")), ("*.in_proj_qkvz", _qkvz),
     ("*.in_proj_ba", lambda s: _equal(2, s.get("num_k_heads"))(s)), ("*.ifgate_preact", _equal(2)),
     ("*.qkv_opreact", _sizes("qk_dim", "qk_dim", "v_dim", "v_dim")),
     # Gate and up, and other pairs that are multiplied.
-    ("*.gate_up_proj", _equal(2)), ("*.proj_up_gate_z", _equal(2)), ("*.proj_up_gate", _whole), ("ClvpGatedLinearUnit.proj", _equal(2)),
+    ("*.gate_up_proj", _equal(2)), ("*.proj_up_gate_z", _equal(2)), ("*.proj_up_gate", _whole),
+    ("ClvpGatedLinearUnit.proj", _equal(2)),
     ("*Gate.gate", _equal(2)), ("*.linear_start", _equal(2)),
     ("*ConvModule.up_conv", _equal(2)), ("*.pointwise_lin1", _equal(2)),
     ("*.pointwise_conv1", _glu), ("*AdapterLayer.*conv", _glu), ("*Conv*Subsampler.conv_layers", _equal(2)),
     ("*.ext_pw_conv_1d", _glu), ("VitsPosteriorEncoder.conv_proj", _equal(2)),
-    ("*RepNCSPELAN*.conv1", _equal(2)), ("Deimv2CSPRepLayer.conv1", _equal(2)), ("*C2FLayer.conv1", _equal(2)), ("Vits*Encoder.*project", _equal(2)),
+    ("*RepNCSPELAN*.conv1", _equal(2)), ("Deimv2CSPRepLayer.conv1", _equal(2)), ("*C2FLayer.conv1", _equal(2)),
+    ("Vits*Encoder.*project", _equal(2)),
     ("*GlobalPointer.dense", _equal(2)), ("*ISTFTHead.*", _equal(2)), ("*.gru_rel_pos_linear", _equal(2)),
     ("FocalNetModulation.projection_in", lambda s: Cut((s.inputs, s.inputs, s.get("focal_level") + 1))),
     ("*AdaLayerNorm*.linear", _chunks), ("*DiffusionHead*.linear_1", _chunks), ("*.adaln_proj", _chunks),
 )
+# fmt: on
 
 # Attribute names that fused projections go by; with no row above, such a weight is refused.
 _FUSED_NAME = re.compile(r"qkv|query_key_value|q_?k_?v|w_?pack|gate_?up|up_?gate|c_attn|in_proj_\w\w+", re.IGNORECASE)
@@ -197,12 +204,12 @@ def find_cut(site: Site) -> Cut | None:
     Raises:
         ValueError: the weight looks fused and no rule knows its layout, or a rule's sizes do not add up to it.
     """
-    for owner, attr in zip(site.owners, site.attrs):
+    for owner, attr in zip(site.owners, site.attrs, strict=False):
         name = f"{type(owner).__name__}.{attr}"
         rule = _rule(name)
         if rule is not None:
             return _checked(site, rule(site), name)
-    for owner, attr in zip(site.owners, site.attrs):
+    for owner, attr in zip(site.owners, site.attrs, strict=False):
         if _is_gated(site, owner, attr):
             return _checked(site, _equal(2)(site), attr)
         if isinstance(owner._modules.get(attr), (nn.ModuleList, nn.Sequential)):
@@ -212,7 +219,7 @@ def find_cut(site: Site) -> Cut | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rule(name: str) -> Rule | None:
     return next((rule for pattern, rule in RULES if fnmatchcase(name, pattern)), None)
 
@@ -225,7 +232,9 @@ def _checked(site: Site, cut: Cut | None, name: str) -> Cut | None:
 
 def _is_gated(site: Site, owner: nn.Module, attr: str) -> bool:
     """Two projections in a row, the second reading half of what the first writes: a gated unit lies between."""
-    children = [(name, list(c.modules())) for name, c in owner.named_children() if any(p.ndim > 1 for p in c.parameters())]
+    children = [
+        (name, list(c.modules())) for name, c in owner.named_children() if any(p.ndim > 1 for p in c.parameters())
+    ]
     if len(children) != 2 or children[0][0] != attr:
         return False
     linears = [m for m in children[1][1] if isinstance(m, nn.Linear)]
@@ -234,7 +243,7 @@ def _is_gated(site: Site, owner: nn.Module, attr: str) -> bool:
     return len(linears) == matrices == 1 and 2 * linears[0].in_features == site.outputs != 2 * site.inputs
 
 
-@lru_cache(maxsize=None)
+@cache
 def _splits_in_source(owner: type, attr: str) -> bool:
     """Whether the class's code cuts the features of what ``self.attr(...)`` returns; catches unknown names."""
     source = _source(owner)
@@ -251,7 +260,7 @@ def _splits_in_source(owner: type, attr: str) -> bool:
     return False
 
 
-@lru_cache(maxsize=None)
+@cache
 def _source(owner: type) -> str:
     """The class's own code; by hand, because ``inspect.getsource`` parses the whole file once for every class."""
     module = sys.modules.get(owner.__module__)

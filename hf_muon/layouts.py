@@ -24,18 +24,22 @@ class Place:
 
     @property
     def parts(self) -> list[str]:
+        """The components of the name."""
         return self.name.split(".")
 
     @property
     def attr(self) -> str:
+        """What the owning module calls the parameter."""
         return self.parts[-1]
 
     @property
     def module(self) -> nn.Module:
+        """The owning module."""
         return self.path[-1]
 
     @property
     def configs(self) -> tuple[Any, ...]:
+        """Configs of the modules above, the nearest first."""
         return tuple(c for c in (getattr(m, "config", None) for m in reversed(self.path)) if c is not None)
 
     def up(self, levels: int) -> Place:
@@ -45,7 +49,7 @@ class Place:
     def site(self, outputs: int, inputs: int) -> Site:
         """The owners of this place, through wrappers that hold no other matrix, for the rules of fused weights."""
         owners, attrs = [self.path[-1]], [self.attr]
-        for owner, attr in zip(reversed(self.path[:-1]), reversed(self.parts[:-1])):
+        for owner, attr in zip(reversed(self.path[:-1]), reversed(self.parts[:-1]), strict=False):
             inner = owners[-1]
             wrapper = hasattr(inner, "base_layer") or isinstance(inner, (nn.ModuleList, nn.Sequential))
             if not wrapper and sum(len(shape_of(p)) > 1 for p in inner.parameters()) > 1 or len(owners) == 4:
@@ -86,16 +90,23 @@ def module_layout(place: Place, options: Options) -> MatrixLayout | None:
 
 
 def cut_layout(place: Place, options: Options, outputs: int = 0) -> MatrixLayout:
-    """A 2-D weight of the module at ``place``, whose dimension ``outputs`` holds the outputs, cut as its forward does."""
+    """A 2-D weight whose dimension ``outputs`` holds the outputs, cut as the forward at ``place`` does."""
     shape = place.shape
     site = place.site(shape[outputs], shape[1 - outputs])
     cut = find_cut(site) if options.split else None
     heads = _heads(site, cut) if options.per_head else ()
     if heads == (0,):  # an output projection: its inputs are the heads
-        return MatrixLayout(shape, dim=1 - outputs, sizes=(site.inputs,), heads=(site.heads or 1,), transposed=outputs == 1)
+        return MatrixLayout(
+            shape, dim=1 - outputs, sizes=(site.inputs,), heads=(site.heads or 1,), transposed=outputs == 1
+        )
     sizes = cut.sizes if cut else ((site.outputs,) if heads else ())
     return MatrixLayout(
-        shape, dim=outputs if sizes else 0, blocks=cut.blocks if cut else 1, sizes=sizes, heads=heads, transposed=outputs == 1
+        shape,
+        dim=outputs if sizes else 0,
+        blocks=cut.blocks if cut else 1,
+        sizes=sizes,
+        heads=heads,
+        transposed=outputs == 1,
     )
 
 
@@ -113,7 +124,9 @@ def _heads(site: Site, cut: Cut | None) -> tuple[int, ...]:
         return cut.heads
     for attr in site.attrs:
         for pattern, heads, length in (
-            (_QUERY, site.heads, site.outputs), (_KEY_VALUE, site.kv_heads, site.outputs), (_OUTPUT, site.heads, site.inputs)
+            (_QUERY, site.heads, site.outputs),
+            (_KEY_VALUE, site.kv_heads, site.outputs),
+            (_OUTPUT, site.heads, site.inputs),
         ):  # fmt: skip
             if pattern.match(attr):
                 if not heads or length % heads:
@@ -130,7 +143,11 @@ def _convolution(place: Place, options: Options) -> MatrixLayout:
     if options.split and not transposed and module.groups == 1:
         cut = find_cut(place.up(1).site(shape[0], shape[1]))
     return MatrixLayout(
-        shape, groups=module.groups, blocks=cut.blocks if cut else 1, sizes=cut.sizes if cut else (), transposed=transposed
+        shape,
+        groups=module.groups,
+        blocks=cut.blocks if cut else 1,
+        sizes=cut.sizes if cut else (),
+        transposed=transposed,
     )
 
 
@@ -176,7 +193,9 @@ def raw_layout(place: Place, options: Options) -> tuple[str, MatrixLayout] | Non
         return "experts", experts
     stack = len(shape) > 2 and min(shape[-2:]) > 1 and shape[-3] > 1
     if stack and not _TABLE.search(attr) and not is_convolution(module) and "parametrizations" not in place.parts:
-        raise ValueError(f"raw parameter of {type(module).__name__} looks like a stack of matrices of an unknown layout")
+        raise ValueError(
+            f"raw parameter of {type(module).__name__} looks like a stack of matrices of an unknown layout"
+        )
     return None
 
 
@@ -189,7 +208,9 @@ def _expert_counts(place: Place) -> set[int]:
     beside = []
     for sibling in place.path[-2].children() if len(place.path) > 1 else ():
         if "experts" in type(sibling).__name__.lower():
-            beside.append(max((shape_of(p)[0] for p in sibling.parameters(recurse=False) if len(shape_of(p)) > 2), default=0))
+            beside.append(
+                max((shape_of(p)[0] for p in sibling.parameters(recurse=False) if len(shape_of(p)) > 2), default=0)
+            )
         elif isinstance(sibling, nn.ModuleList):
             beside.append(len(sibling))
     # Shared experts may be routed too: the router then scores both kinds.

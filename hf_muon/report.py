@@ -64,15 +64,27 @@ class Report:
         """Aligned text, one line per row."""
         head = ("algorithm", "kind", "tensors", "parameters", "matrices", "reason", "for example")
         lines = [head] + [
-            (r.algorithm, r.kind, f"{r.tensors:,}", f"{r.numel:,}", f"{r.matrices:,}" if r.matrices else "-", r.reason, r.example)
+            (
+                r.algorithm,
+                r.kind,
+                f"{r.tensors:,}",
+                f"{r.numel:,}",
+                f"{r.matrices:,}" if r.matrices else "-",
+                r.reason,
+                r.example,
+            )
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        number = (2, 3, 4)
-        return "\n".join(
-            "  ".join(c.rjust(w) if i in number else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-            for line in lines
-        )
+        numbers = (2, 3, 4)
+
+        def aligned(line: tuple[str, ...]) -> str:
+            cells = (
+                c.rjust(w) if i in numbers else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            return "  ".join(cells).rstrip()
+
+        return "\n".join(map(aligned, lines))
 
     def __str__(self) -> str:
         return f"{self.table()}\n{self.summary()}"

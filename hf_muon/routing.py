@@ -37,7 +37,7 @@ class Route:
     algorithm: str
     """``muon`` or ``adamw``."""
     kind: str
-    """What it is, in reports and logs: attention, mlp, experts, router, conv, ... or embedding, head, norm, bias, ..."""
+    """What it is, for reports and logs: attention, mlp, experts, router, ... or embedding, head, norm, bias, ..."""
     reason: str
     layout: MatrixLayout | None
     """The matrices in it; ``None`` under AdamW."""
@@ -55,7 +55,9 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> list[Route]:
     config = config or MuonConfig()
     places, tied, parameters = _places(model)
     if not places:
-        raise ValueError("the model has no trainable parameter: unfreeze some, or attach adapters, before the optimizer")
+        raise ValueError(
+            "the model has no trainable parameter: unfreeze some, or attach adapters, before the optimizer"
+        )
     overrides = _overrides(config, {n: (n, *tied[n]) for n in places})
     inputs, outputs = embeddings(model), heads(model)
     routes = []
@@ -82,10 +84,11 @@ def param_groups(
 
     Args:
         model: the model to train, before or after wrapping with PEFT.
-        config: options; ``overrides`` are its fields by name and win over it.
+        config: options.
         lr: learning rate of every group, unless ``config.muon_lr`` or ``config.adamw_lr`` says otherwise.
         weight_decay: of every group; with ``decay_norms_and_biases=False`` norms and biases form a third group
             without decay, as in the Trainer.
+        **overrides: fields of :class:`MuonConfig` by name; they win over ``config``.
 
     Raises:
         ValueError: see :func:`route`; or a parameter in no group, or in two.
@@ -95,12 +98,16 @@ def param_groups(
     _check_partition(model, routes)
     decayed = [_has_decay(r, config) for r in routes]
     muon = [r for r in routes if r.algorithm == "muon"]
-    adamw = [r for r, d in zip(routes, decayed) if r.algorithm == "adamw" and d]
-    plain = [r for r, d in zip(routes, decayed) if r.algorithm == "adamw" and not d]
+    adamw = [r for r, d in zip(routes, decayed, strict=False) if r.algorithm == "adamw" and d]
+    plain = [r for r, d in zip(routes, decayed, strict=False) if r.algorithm == "adamw" and not d]
     # Few groups: DeepSpeed flattens and partitions each group on its own.
     rates = {"muon": config.muon_lr, "adamw": config.adamw_lr}
     groups = []
-    for members, algorithm, decay in ((muon, "muon", weight_decay), (adamw, "adamw", weight_decay), (plain, "adamw", 0.0)):
+    for members, algorithm, decay in (
+        (muon, "muon", weight_decay),
+        (adamw, "adamw", weight_decay),
+        (plain, "adamw", 0.0),
+    ):
         if not members:
             continue
         group: dict[str, Any] = {
@@ -124,8 +131,9 @@ def explain(
 
     Args:
         model: the model to train.
-        config: options; ``overrides`` are its fields by name.
+        config: options.
         file: where to print; default standard output.
+        **overrides: fields of :class:`MuonConfig` by name; they win over ``config``.
     """
     report = Report(tuple(route(model, replace(config or MuonConfig(), **overrides))))
     print(report, file=file or sys.stdout)
@@ -184,7 +192,7 @@ def _classify(place: Place, parameter: nn.Parameter, inputs: Roles, outputs: Rol
     if "lora_embedding_A" in place.parts or "lora_embedding_B" in place.parts:
         return "lora", "LoRA factor of an embedding", None
     if "parametrizations" in place.parts or (place.attr in ("weight_g", "weight_v") and hasattr(module, "weight_g")):
-        # Weight norm divides by the norm of this tensor: its scale means nothing, and neither does an update of set size.
+        # Weight norm divides by the norm of this tensor: its scale means nothing, nor does an update of set size.
         return "vector", "part of a parametrization, not the matrix itself", None
     if sum(d > 1 for d in shape) < 2 or 1 in (shape[0], shape[1]) and len(shape) == 2:
         return "vector", "one row or column", None
@@ -225,7 +233,11 @@ def _lora(place: Place, factor: str, options: Options, choice: str) -> Decision:
         # PEFT keeps A as [E r, in] and B as [out, r E], the expert running fastest.
         if factor == "lora_A":
             return "lora", "LoRA factor, per expert", MatrixLayout(shape, groups=experts)
-        return "lora", "LoRA factor, per expert", MatrixLayout(shape, dim=1, blocks=shape[1] // experts, sizes=(1,) * experts)
+        return (
+            "lora",
+            "LoRA factor, per expert",
+            MatrixLayout(shape, dim=1, blocks=shape[1] // experts, sizes=(1,) * experts),
+        )
     if factor == "lora_B" and len(shape) == 2 and options.split:
         above = Place(".".join(place.parts[:depth]), shape, place.path[:depth])
         layout = cut_layout(above, options)
@@ -273,7 +285,7 @@ _PLAIN = (torch.Tensor, nn.Parameter, DTensor)
 def _check_tensor(name: str, parameter: nn.Parameter) -> None:
     if not parameter.is_floating_point() or type(parameter) not in _PLAIN or type(parameter.data) not in _PLAIN:
         raise ValueError(
-            f"{name} is trainable but a {type(parameter.data).__name__} of {parameter.dtype}, not plain floating point: "
+            f"{name} is trainable but a {type(parameter.data).__name__} of {parameter.dtype}, not plain floats: "
             "freeze it (quantized models train through adapters) or convert it"
         )
 
@@ -282,9 +294,13 @@ def _check_partition(model: nn.Module, routes: list[Route]) -> None:
     """Every trainable parameter in exactly one route."""
     routed = [id(r.parameter) for r in routes]
     twice = {r.name for r in routes if routed.count(id(r.parameter)) > 1} if len(set(routed)) < len(routed) else set()
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in set(routed)] if not twice else []
+    missing = (
+        [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in set(routed)] if not twice else []
+    )
     if twice or missing:
-        raise ValueError(f"parameters in two groups: {sorted(twice)}; in none: {missing}: this is a bug, please report it")
+        raise ValueError(
+            f"parameters in two groups: {sorted(twice)}; in none: {missing}: this is a bug, please report it"
+        )
 
 
 def _has_decay(found: Route, config: MuonConfig) -> bool:

@@ -12,7 +12,7 @@ OUT="${DEMO_DIR:-runs/demo}"
 DATA=data/offline
 # 120 steps on plain text, so that fine-tuning starts from a model that has seen Python. By AdamW, as most public models.
 BASE_STEPS="${DEMO_BASE_STEPS:-120}"
-SFT_STEPS="${DEMO_SFT_STEPS:-200}"
+SFT_STEPS="${DEMO_SFT_STEPS:-240}"
 
 make_environment "${HF_MUON_VENV:-.venv}" recipes
 
@@ -37,7 +37,7 @@ for optimizer in muon adamw; do
     [ "$optimizer" = muon ] && step=3 || step=4
     say "$step/5 fine-tuning with $optimizer, $SFT_STEPS steps (about 1.5 min on 2 cores)"
     train sft.py "recipes/offline/sft/config_$optimizer.yaml" "$OUT/sft-$optimizer" --model_name_or_path "$OUT/base" \
-        --max_steps "$SFT_STEPS" --eval_steps $((SFT_STEPS / 2)) --save_steps $((SFT_STEPS / 2))
+        --max_steps "$SFT_STEPS" --eval_steps $((SFT_STEPS / 3)) --save_steps $((SFT_STEPS / 3))
 done
 trained=$((SECONDS - start))
 

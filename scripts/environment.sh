@@ -1,9 +1,6 @@
 # Sourced by demo.sh and test.sh: `make_environment FOLDER EXTRA` makes a virtual environment with torch, then with the
 # package and one of its extras under constraints.txt, and puts it first on PATH. It does nothing where that was done.
 
-# PyTorch's own index of CPU builds, asked only on machines without a GPU whose configured index offers a CUDA build.
-TORCH_CPU_INDEX="${HF_MUON_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
-
 say() { printf '\n== %s\n' "$*"; }
 
 find_python() {
@@ -38,10 +35,13 @@ install_torch() {
     offered="$(python -m pip install --dry-run --no-deps --ignore-installed "$wanted" 2>/dev/null | tail -n 1)"
     if [[ "$offered" == *+cpu* ]]; then
         python -m pip install "$wanted"
-    elif ! python -m pip install --index-url "$TORCH_CPU_INDEX" "$wanted"; then
-        echo "No CPU build of $wanted at $TORCH_CPU_INDEX. Name another index in HF_MUON_TORCH_INDEX, or install torch" \
-            "into $VIRTUAL_ENV yourself; a CUDA build is not downloaded for a machine without a GPU." >&2
-        return 1
+    elif [ -n "${HF_MUON_TORCH_INDEX:-}" ]; then
+        python -m pip install --index-url "$HF_MUON_TORCH_INDEX" "$wanted"
+    else
+        # It runs on a CPU all the same; only the download is larger than it need be.
+        echo "No GPU here, and pip's index offers torch with CUDA (gigabytes). To fetch the CPU build instead, stop now," \
+            "set HF_MUON_TORCH_INDEX to PyTorch's package index for CPU, and start again." >&2
+        python -m pip install "$wanted"
     fi
 }
 

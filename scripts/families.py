@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import re
 import sys
 import time
 import warnings
@@ -44,8 +45,16 @@ MAPPINGS = (
 # Families whose default config cannot build its own model: the missing or contradictory fields, filled in. Dotted names
 # reach into sub-configs; a "config" entry builds the family's model from that sub-config.
 _HUNYUAN = {"head_dim": 128}
-_COMPASS = {"rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")}}
-_QSA = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 256, "indexer_budget": 2048, "indexer_compress_ratio": 16}
+_COMPASS = {
+    "rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")}
+}
+_QSA = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 16,
+}
 _NO_PLE = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 30}
 FIXES: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config.num_attention_heads": 16},
@@ -55,11 +64,15 @@ FIXES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": _COMPASS,
     "dbrx": {"attn_config.rope_theta": 1e4},
     "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 47},
-    "diffusion_gemma": {"text_config.num_experts": 8, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": 704},
+    "diffusion_gemma": {
+        "text_config.num_experts": 8,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 704,
+    },
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
     "emu3": {"vocabulary_map": {"<image>": 8711}},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
-    # An assistant shares every layer's keys and values with its target, which its own text config then refuses to build.
+    # An assistant shares every layer's keys and values with its target, which its text config then refuses to build.
     "gemma4_assistant": {"text_config": _NO_PLE, "text_config.num_kv_shared_layers": 0},
     "gemma4_unified_assistant": {"text_config.num_kv_shared_layers": 0},
     "gemma3n": {"config": "text_config"},  # its vision tower needs timm
@@ -116,7 +129,7 @@ def build(family: str) -> nn.Module:
     errors = []
     for mapping in _mappings():
         try:
-            classes = mapping[type(config)] if type(config) in mapping else None
+            classes = mapping.get(type(config), None)
         except Exception as error:
             errors.append(_first_line(error))
             continue
@@ -138,7 +151,9 @@ def _mappings() -> Iterator[Any]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+    # What follows are install hints and paths of this machine.
+    line = re.split(r" but it was not found| neither in <| Should contain one of", lines[0])[0] if lines else ""
+    return f"{type(error).__name__}: {line}"[:160]
 
 
 def fused_kinds(model: nn.Module, report: Report) -> str:
@@ -147,7 +162,10 @@ def fused_kinds(model: nn.Module, report: Report) -> str:
     for found in report.routes:
         if found.layout is not None and len(found.layout.sizes) > 1:
             parts = found.name.removesuffix(".weight").split(".")
-            named = next((p for p in reversed(parts) if not p.isdigit() and p not in ("linear", "conv", "convolution")), parts[-1])
+            named = next(
+                (p for p in reversed(parts) if not p.isdigit() and p not in ("linear", "conv", "convolution")),
+                parts[-1],
+            )
             counts[f"{named} x{len(found.layout.sizes)}"] += 1
         elif found.layout is not None and found.layout.batch:
             counts[f"{found.kind} per matrix"] += 1
@@ -181,7 +199,8 @@ def markdown(table: list[tuple[str, ...]], missing: list[tuple[str, str]]) -> st
         "# Which parameters Muon trains, family by family",
         "",
         f"Made by `scripts/families.py` on the meta device: {len(table)} families of transformers "
-        f"{importlib.metadata.version('transformers')}, each in its default configuration (mean Muon share {muon:.1f} %). "
+        f"{importlib.metadata.version('transformers')}, each in its default configuration (mean Muon share "
+        f"{muon:.1f} %). "
         "`name xN`: one weight holds N matrices; `per matrix`: one matrix per expert or block.",
         "",
         "| family | model | parameters | Muon | AdamW | several matrices in one weight |",
@@ -203,6 +222,7 @@ def markdown(table: list[tuple[str, ...]], missing: list[tuple[str, str]]) -> st
 
 
 def main() -> None:
+    """Print the page, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--only", nargs="*", help="only these families")
@@ -212,7 +232,9 @@ def main() -> None:
     table, missing = rows(args.only)
     page = markdown(table, missing)
     print(page)
-    print(f"{len(table)} families routed, {len(missing)} not built, {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    print(
+        f"{len(table)} families routed, {len(missing)} not built, {time.perf_counter() - start:.0f} s", file=sys.stderr
+    )
     if args.markdown:
         args.markdown.parent.mkdir(parents=True, exist_ok=True)
         args.markdown.write_text(page)

@@ -21,7 +21,9 @@ _COPIES = {aten.clone.default, aten._to_copy.default, aten._unsafe_view.default}
 _NORMS = {aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default}
 # What a forward asks of data that meta tensors do not have: any answer will do, most ask whether a mask is full.
 _ANSWERS = {
-    aten._local_scalar_dense.default: lambda t: 1.0 if t.is_floating_point() else bool(1) if t.dtype is torch.bool else 1,
+    aten._local_scalar_dense.default: lambda t: (
+        1.0 if t.is_floating_point() else bool(1) if t.dtype is torch.bool else 1
+    ),
     aten.nonzero.default: lambda t: torch.zeros((1, t.ndim), dtype=torch.long, device="meta"),
 }
 
@@ -60,9 +62,8 @@ class ColumnTrace(TorchDispatchMode):
         # Factories take a shape and read nothing; what is copied into a cache is not used yet.
         idle = func is aten.copy_.default or "new_" in func.__name__ or "_like" in func.__name__
         if not idle and labelled and results and not all(any(_key(o) == _key(t) for t in tensors) for o in results):
-            if not self._follow(func, args, results[0], labelled):
-                for tensor in labelled:
-                    self._tie(tensor)
+            for tensor in [] if self._follow(func, args, results[0], labelled) else labelled:
+                self._tie(tensor)
         if func is aten._to_copy.default and _key(args[0]) in self._weights and out.stride() == args[0].stride():
             self._weights[_key(out)] = self._weights[_key(args[0])]  # a router computes in float32
             self._alive.append(out)
@@ -108,7 +109,7 @@ class ColumnTrace(TorchDispatchMode):
             self._label(out, index, self._offsets(weight.select(-2, 0)), dim=out.ndim - 1)
 
     def _offsets(self, view: Tensor) -> Tensor:
-        steps = [torch.arange(n) * s for n, s in zip(view.shape, view.stride())]
+        steps = [torch.arange(n) * s for n, s in zip(view.shape, view.stride(), strict=False)]
         offsets = torch.full((1,) * view.ndim, view.storage_offset())
         for d, step in enumerate(steps):
             offsets = offsets + step.view([-1 if i == d else 1 for i in range(view.ndim)])

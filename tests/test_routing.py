@@ -70,7 +70,9 @@ class TestFamilies:
         assert pieces(causal(config), "crossattention.c_attn.weight") == (1, (32, 32), 1, True)
 
     def test_gpt_neox_is_interleaved_by_head(self):
-        config = hf.GPTNeoXConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        config = hf.GPTNeoXConfig(
+            vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        )
         assert pieces(causal(config), "query_key_value.weight") == (4, (8, 8, 8), 0, False)
 
     def test_bloom_is_interleaved_by_head(self):
@@ -92,7 +94,9 @@ class TestFamilies:
 
     @pytest.mark.parametrize(("multi_query", "expected"), [(True, (1, (32, 8, 8))), (False, (4, (8, 8, 8)))])
     def test_gpt_bigcode(self, multi_query, expected):
-        config = hf.GPTBigCodeConfig(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=64, multi_query=multi_query)
+        config = hf.GPTBigCodeConfig(
+            vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=64, multi_query=multi_query
+        )
         assert pieces(causal(config), "c_attn.weight")[:2] == expected
 
     def test_phi3_fuses_qkv_and_gate_up(self):
@@ -117,7 +121,8 @@ class TestFamilies:
 
     def test_llama4_is_transposed_without_saying_so(self):
         config = hf.Llama4TextConfig(
-            **SMALL, **ROPE, head_dim=8, num_local_experts=4, intermediate_size_mlp=64, interleave_moe_layer_step=1, pad_token_id=0
+            **SMALL, **ROPE, head_dim=8, num_local_experts=4, intermediate_size_mlp=64, interleave_moe_layer_step=1,
+            pad_token_id=0,
         )  # fmt: skip
         found = causal(config)
         assert pieces(found, "experts.gate_up_proj") == (1, (48, 48), 1, True)
@@ -125,7 +130,8 @@ class TestFamilies:
 
     def test_deepseek_v3_keeps_mla_whole(self):
         config = hf.DeepseekV3Config(
-            **{**SMALL, "num_key_value_heads": 4}, **ROPE, moe_intermediate_size=24, n_routed_experts=4, n_group=1, topk_group=1,
+            **{**SMALL, "num_key_value_heads": 4}, **ROPE,
+            moe_intermediate_size=24, n_routed_experts=4, n_group=1, topk_group=1,
             num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4,
             qk_nope_head_dim=8, v_head_dim=8,
         )  # fmt: skip
@@ -144,7 +150,9 @@ class TestFamilies:
         assert {r.algorithm for n, r in found.items() if n.endswith(("A_log", "conv1d.weight"))} == {"adamw"}
 
     def test_vit(self):
-        config = hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=32)
+        config = hf.ViTConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=32
+        )
         found = routed(hf.ViTForImageClassification(config))
         assert kinds(found, "muon") == {"attention", "mlp"}
         assert found["classifier.weight"].kind == "head"
@@ -152,11 +160,15 @@ class TestFamilies:
         assert {r.algorithm for n, r in found.items() if "position_embeddings" in n or "cls_token" in n} == {"adamw"}
 
     def test_bert_classification_trains_the_pooler_and_not_the_classifier(self):
-        config = hf.BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+        config = hf.BertConfig(
+            vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+        )
         found = routed(hf.BertForSequenceClassification(config))
         assert found["classifier.weight"].kind == "head"
         assert found["bert.pooler.dense.weight"].algorithm == "muon"
-        assert {r.kind for n, r in found.items() if "embeddings" in n and n.endswith("embeddings.weight")} == {"embedding"}
+        assert {r.kind for n, r in found.items() if "embeddings" in n and n.endswith("embeddings.weight")} == {
+            "embedding"
+        }
 
     def test_t5(self):
         config = hf.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
@@ -167,7 +179,8 @@ class TestFamilies:
 
     def test_whisper(self):
         config = hf.WhisperConfig(
-            vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+            vocab_size=96, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4,
             encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=16, pad_token_id=0, decoder_start_token_id=1,
         )  # fmt: skip
         found = routed(hf.WhisperForConditionalGeneration(config))
@@ -301,10 +314,15 @@ class TestGroups:
         assert len(muon["params"]) == len(muon["kinds"]) == len(muon["matrices"])
         assert muon["hidden_size"] == 32
         assert {g["weight_decay"] for g in (muon, adamw)} == {0.1}
-        assert all(MatrixLayout.of(k).shape == tuple(p.shape) for k, (_, p) in zip(muon["matrices"], muon["params"], strict=True))
+        assert all(
+            MatrixLayout.of(k).shape == tuple(p.shape)
+            for k, (_, p) in zip(muon["matrices"], muon["params"], strict=True)
+        )
 
     def test_learning_rates_and_the_trainers_decay_rule(self):
-        groups = param_groups(llama(), lr=1e-3, weight_decay=0.1, muon_lr=2e-3, adamw_lr=3e-3, decay_norms_and_biases=False)
+        groups = param_groups(
+            llama(), lr=1e-3, weight_decay=0.1, muon_lr=2e-3, adamw_lr=3e-3, decay_norms_and_biases=False
+        )
         assert [g["lr"] for g in groups] == [2e-3, 3e-3, 3e-3]
         assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
         assert set(groups[2]["kinds"]) == {"norm"}
@@ -339,7 +357,9 @@ class TestPlainModules:
         assert pieces(attention, "in_proj_weight") == (1, (32, 32, 32), 0, False)
         assert pieces(routed(nn.LSTM(8, 16)), "weight_ih_l0") == (1, (16,) * 4, 0, False)
         assert pieces(routed(nn.GRU(8, 16)), "weight_hh_l0") == (1, (16,) * 3, 0, False)
-        conv = routed(nn.Sequential(nn.Conv2d(8, 16, 3, groups=2), nn.Conv2d(16, 16, 3, groups=16), nn.ConvTranspose1d(16, 8, 2)))
+        conv = routed(
+            nn.Sequential(nn.Conv2d(8, 16, 3, groups=2), nn.Conv2d(16, 16, 3, groups=16), nn.ConvTranspose1d(16, 8, 2))
+        )
         assert conv["0.weight"].layout.matrices() == ((2, 8, 36),)
         assert conv["1.weight"].algorithm == "adamw"
         assert conv["2.weight"].layout.matrices() == ((1, 16, 16),)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from .column_trace import ColumnTrace
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -26,15 +25,26 @@ from hf_muon.matrices import MatrixLayout
 from hf_muon.report import Report
 from hf_muon.routing import Route, route
 
+from .column_trace import ColumnTrace
+
 # Weights whose forward uses parts of them apart, and which stay whole on purpose; everything else must match exactly.
 # Shares of every head (rotary or not, rope or nope) need no entry: see ``within_heads``.
 WHOLE = {
     "*.kv_a_proj_with_mqa": "MLA's latent and its rope part: one matrix in Moonlight's own training",
     "*.kv_b_proj": "MLA's keys and values, head by head: one matrix there too",
     "DiffLlamaAttention.v_proj": "two halves of the heads, as heads are",
+    "InklingMoE.gate": "scores of routed and of shared experts: one router",
     "ZambaMambaMixer.*": "two Mamba heads, as heads are",
 }
-DIMS = ("head_dim", "qk_head_dim", "index_head_dim", "indexer_head_dim", "head_size", "attention_head_size", "v_head_dim")
+DIMS = (
+    "head_dim",
+    "qk_head_dim",
+    "index_head_dim",
+    "indexer_head_dim",
+    "head_size",
+    "attention_head_size",
+    "v_head_dim",
+)
 
 
 @dataclass
@@ -120,7 +130,8 @@ def trace_family(family: str, model: nn.Module, routes: list[Route], found: Surv
         owner = modules[".".join(parts[:-2])]
         if components and not agrees(r.layout, components, parts[-2], owner):
             found.wrong_cuts.append(
-                f"{family}: {type(owner).__name__}.{parts[-2]} {r.layout.shape} cut {r.layout.blocks} x {r.layout.sizes}, "
+                f"{family}: {type(owner).__name__}.{parts[-2]} {r.layout.shape} "
+                f"cut {r.layout.blocks} x {r.layout.sizes}; "
                 f"its forward uses together {[len(c) for c in components][:8]}"
             )
     found.traced[family] = read
@@ -153,7 +164,7 @@ def run(model: nn.Module, watched: dict[str, Route]) -> tuple[ColumnTrace, str]:
 
 
 def coordinates(layout: MatrixLayout, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Matrix of the batch, piece, and place within that piece, from element offsets: written anew, not MatrixLayout's."""
+    """Matrix of the batch, piece, and place within that piece, from element offsets; not by MatrixLayout's own code."""
     index = np.unravel_index(offsets, layout.shape)
     matrix = np.zeros_like(offsets)
     for i in range(layout.batch):
@@ -184,7 +195,7 @@ def agrees(layout: MatrixLayout, components: list[np.ndarray], attr: str, owner:
 
 
 def within_heads(parts: list[np.ndarray], owner: nn.Module) -> bool:
-    """Whether the parts take the same share of every head: rotary or not, nope or rope, one matrix of q or k all the same."""
+    """Whether the parts take the same share of every head (rotary or not, nope or rope): still one matrix of q or k."""
     configs = (owner, getattr(owner, "config", None))
     for dim in {d for place in configs for name in DIMS if isinstance(d := safe(place, name), int) and d > 1}:
         shares = [set((p % dim).tolist()) for p in parts]
@@ -249,19 +260,23 @@ class TestTheOracleCanFail:
     def test_a_wrong_cut_is_seen(self, family, ending, broken):
         layout, components, attr, owner = self.traced(family, ending)
         assert components and agrees(layout, components, attr, owner)
-        wrong = MatrixLayout(**{**{k: getattr(layout, k) for k in ("shape", "batch", "dim", "blocks", "sizes", "transposed")}, **broken})
+        wrong = MatrixLayout(
+            **{**{k: getattr(layout, k) for k in ("shape", "batch", "dim", "blocks", "sizes", "transposed")}, **broken}
+        )
         assert not agrees(wrong, components, attr, owner)
 
 
 # Falcon picks its heads with index tensors, whose values meta tensors do not have; so on real, small models.
 @pytest.mark.parametrize(
     "variant",
-    [dict(multi_query=True, new_decoder_architecture=False), dict(multi_query=False), dict(new_decoder_architecture=True, num_kv_heads=2)],
+    [dict(multi_query=True), dict(multi_query=False), dict(new_decoder_architecture=True, num_kv_heads=2)],
 )  # fmt: skip
 def test_falcon_is_cut_as_its_forward_uses_it(variant):
     torch.manual_seed(0)
     variant = {"new_decoder_architecture": False, **variant}
-    model = hf.FalconForCausalLM(hf.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **variant))
+    model = hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **variant)
+    )
     name, r = next((r.name, r) for r in route(model) if "query_key_value" in r.name)
     trace = ColumnTrace({name: r.parameter})
     with torch.no_grad(), trace:
@@ -279,7 +294,9 @@ def share(model: nn.Module) -> tuple[Report, int]:
 
 def test_moonlight_is_95_percent_muon_per_expert():
     values = json.loads((Path(__file__).parent / "data" / "moonlight_config.json").read_text())
-    config = hf.DeepseekV3Config(**{k: v for k, v in values.items() if k not in ("auto_map", "architectures", "quantization_config")})
+    config = hf.DeepseekV3Config(
+        **{k: v for k, v in values.items() if k not in ("auto_map", "architectures", "quantization_config")}
+    )
     with torch.device("meta"):
         model = hf.DeepseekV3ForCausalLM(config)
     report, hidden = share(model)
@@ -302,5 +319,7 @@ def test_qwen25_7b():
         model = hf.Qwen2ForCausalLM(config)
     report, hidden = share(model)
     assert report.numel() == 7_615_616_512
-    assert report.numel("muon") == hidden - sum(r.parameter.numel() for r in report.routes if r.kind in ("norm", "bias"))
+    assert report.numel("muon") == hidden - sum(
+        r.parameter.numel() for r in report.routes if r.kind in ("norm", "bias")
+    )
     assert sum(r.layout.total() for r in report.routes if r.layout) == 28 * 7
