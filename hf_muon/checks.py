@@ -59,8 +59,10 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
         choices = ", ".join((*SCALES, *SCALE_ALIASES))
         raise ValueError(f"adjust_lr_fn must be one of {choices}, got {group['adjust_lr_fn']!r}")
     if group["adjust_lr_fn"] == "sqrt_hidden_size" and not group.get("hidden_size"):
-        raise ValueError("adjust_lr_fn='sqrt_hidden_size' needs hidden_size, the H of 0.2 * sqrt(H): the model's config "
-                         "has none, so give hidden_size in the group")
+        raise ValueError(
+            "adjust_lr_fn='sqrt_hidden_size' needs hidden_size, the H of 0.2 * sqrt(H): the model's config "
+            "has none, so give hidden_size in the group"
+        )
     schedule(group["ns_coefficients"], group["ns_steps"])
 
 
@@ -136,7 +138,9 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
     saved = state_dict["param_groups"]
     remedy = "load the checkpoint of a hf_muon run of the same model, or start with a fresh optimizer (no resume)"
     if any("algorithm" not in group for group in saved):
-        raise ValueError(f"the saved state is another optimizer's, not hf_muon's (its groups name no algorithm): {remedy}")
+        raise ValueError(
+            f"the saved state is another optimizer's, not hf_muon's (its groups name no algorithm): {remedy}"
+        )
     ours = [(group["algorithm"], len(group["params"])) for group in groups]
     theirs = [(group["algorithm"], len(group["params"])) for group in saved]
     if ours != theirs:

@@ -126,7 +126,7 @@ def _check_number(
     name: str, value: Any, low: float, high: float, open_start: bool = False, open_end: bool = False
 ) -> None:
     """Refuse what is not a plain finite number in the interval; a tensor is refused by its type."""
-    left, right = "([" [not open_start], ")]"[not open_end]
+    left, right = "(["[not open_start], ")]"[not open_end]
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
     ok = ok and (low < value if open_start else low <= value) and (value < high if open_end else value <= high)
     if not ok:

@@ -67,7 +67,9 @@ class MatrixLayout:
             raise ValueError(f"{len(self.heads)} head counts for {len(sizes)} pieces")
         for size, heads in zip(sizes, self.heads or (1,) * len(sizes), strict=True):
             if heads < 1 or (self.blocks * size) % heads:
-                raise ValueError(f"{self.blocks * size} rows or columns do not divide into {heads} heads in {self.shape}")
+                raise ValueError(
+                    f"{self.blocks * size} rows or columns do not divide into {heads} heads in {self.shape}"
+                )
 
     def _rows_cols(self) -> tuple[int, int]:
         """Shape of one uncut matrix as stored."""
@@ -127,7 +129,7 @@ class MatrixLayout:
 
     def from_matrices(self, stack: Tensor, index: int, like: Tensor) -> Tensor:
         """The inverse of :meth:`to_matrices`: ``stack`` in the shape of the piece ``like``."""
-        n, rows, cols = self._stored()[index]
+        _, rows, cols = self._stored()[index]
         heads = self.heads[index] if self.heads else 1
         if self.dim == 1 and heads > 1:
             stack = stack.reshape(self.count, heads, rows, cols).transpose(1, 2)

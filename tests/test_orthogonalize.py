@@ -119,7 +119,9 @@ def test_stack_equals_one_by_one_also_when_chunked(monkeypatch):
         assert (whole - other).norm() / whole.norm() < 1e-6
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.cfloat)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.cfloat)]
+)
 def test_what_is_no_real_matrix_is_refused(bad):
     with pytest.raises(ValueError, match="real matrices"):
         newton_schulz(bad)

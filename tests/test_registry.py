@@ -44,7 +44,9 @@ def test_argument_parsers_and_yaml(tmp_path):
     (args,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(argv)
     assert args.optim == "muon"
     config = tmp_path / "config.yaml"
-    config.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\noptim: muon\noptim_args: momentum=0.9,nesterov=false\n")
+    config.write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\noptim: muon\noptim_args: momentum=0.9,nesterov=false\n"
+    )
     (args,) = TrlParser(SFTConfig).parse_args_and_config(["--config", str(config)])
     assert args.optim == "muon" and args.optim_args == "momentum=0.9,nesterov=false"
 

@@ -246,7 +246,9 @@ def test_frozen_models_are_refused_with_a_remedy(tmp_path):
         make(tmp_path, model=model).create_optimizer()
 
 
-@pytest.mark.parametrize(("variable", "engine"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")])
+@pytest.mark.parametrize(
+    ("variable", "engine"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
+)
 def test_engines_not_served_are_refused_before_training(monkeypatch, variable, engine):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(RuntimeError, match=f"{engine} is active"):

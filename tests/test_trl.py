@@ -55,7 +55,11 @@ def test_dpo(tmp_path):
     data = Dataset.from_list([{"prompt": PROMPT, "chosen": GOOD, "rejected": BAD}] * 4)
     args = DPOConfig(**_options(tmp_path), max_length=64)
     # Given a reference model, because TRL would look for one by the name of the hub checkpoint.
-    _train(DPOTrainer(tiny.qwen2(), ref_model=tiny.qwen2(), args=args, train_dataset=data, processing_class=tiny.tokenizer()))
+    _train(
+        DPOTrainer(
+            tiny.qwen2(), ref_model=tiny.qwen2(), args=args, train_dataset=data, processing_class=tiny.tokenizer()
+        )
+    )
 
 
 def test_reward(tmp_path):

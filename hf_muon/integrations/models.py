@@ -21,9 +21,9 @@ def on_meta(source: str, architecture: str | None = None, *, trust_remote_code: 
         ValueError: transformers has no such class, or none for this config.
         OSError: there is no such config.
     """
-    if source.endswith(".json") or source.startswith((".", os.sep)):
-        if not os.path.exists(source):
-            raise OSError(f"no such config file or directory: {source}")
+    is_path = source.endswith(".json") or source.startswith((".", os.sep))
+    if is_path and not os.path.exists(source):
+        raise OSError(f"no such config file or directory: {source}")
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     name = architecture or next(iter(getattr(config, "architectures", None) or []), None)
     # A remote checkpoint may name a class that only its own code defines; transformers' native one serves then.

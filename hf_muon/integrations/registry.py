@@ -141,8 +141,8 @@ def _with_early_checks(original: Any) -> Any:
 def _check(args: TrainingArguments) -> None:
     """Refuse what could not train with this package's Muon.
 
-    DeepSpeed's config may hold an "optimizer" section, and the Trainer then builds that one and never asks for ``optim``:
-    only a check on the arguments themselves can see it.
+    DeepSpeed's config may hold an "optimizer" section, and the Trainer then builds that one and never asks for
+    ``optim``: only a check on the arguments themselves can see it.
     """
     if _is_ours(args.optim):
         MuonConfig.from_optim_args(args.optim_args)
