@@ -81,7 +81,7 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     for name, p in zip(names(group), group["params"], strict=True):
         if p.dtype not in FLOATS:
             raise ValueError(
-                f"{name} has dtype {p.dtype}: Muon and AdamW train real floating-point weights only (quantized weights: "
+                f"{name} has dtype {p.dtype}: only real floating-point weights can be trained (quantized weights: "
                 "freeze them and train adapters)"
             )
         if group["algorithm"] == "muon" and "matrices" not in group and p.ndim != 2:

@@ -54,17 +54,17 @@ class Site:
         return None
 
     @property
-    def heads(self) -> int | None:
+    def heads(self) -> Any:
         """Number of query heads."""
         return self.get("num_heads", "num_attention_heads", "n_heads", "n_head", "num_q_heads")
 
     @property
-    def kv_heads(self) -> int | None:
+    def kv_heads(self) -> Any:
         """Number of key-value heads."""
         return self.get("num_key_value_heads", "num_kv_heads", "kv_n_heads") or self.heads
 
     @property
-    def head_dim(self) -> int | None:
+    def head_dim(self) -> Any:
         """Width of a head."""
         known = self.get("head_dim", "attention_head_size", "head_size", "d_head", "dim_head")
         return known or (self.inputs // self.heads if self.heads else None)
@@ -127,7 +127,7 @@ def _mamba2(site: Site) -> Cut:
     return Cut((inner, inner, state, state, heads))
 
 
-def _in_proj(site: Site) -> Cut:
+def _in_proj(site: Site) -> Cut | None:
     return _mamba2(site) if site.get("n_groups") and site.get("ssm_state_size") else _equal(2)(site)
 
 
@@ -143,7 +143,7 @@ def _levit(site: Site) -> Cut:
     return Cut(((key,) * (site.outputs // heads // key - site.get("attention_ratio"))) + (value,), heads)
 
 
-def _chunks(site: Site) -> Cut:
+def _chunks(site: Site) -> Cut | None:
     """Shift, scale and gate of an adaptive norm, each as wide as its input unless the module counts them."""
     return _equal(site.get("num_chunks") or site.outputs // site.inputs)(site)
 
@@ -214,7 +214,7 @@ def find_cut(site: Site) -> Cut | None:
             return _checked(site, _equal(2)(site), attr)
         if isinstance(owner._modules.get(attr), (nn.ModuleList, nn.Sequential)):
             continue  # the name of a whole stack, not of this matrix
-        if _FUSED_NAME.search(attr) or _splits_in_source(type(owner), attr):
+        if _FUSED_NAME.search(attr) or _splits_in_source(type(owner), attr):  # type: ignore[arg-type]
             raise ValueError(f"{type(owner).__name__}.{attr} splits its {site.outputs} outputs in a way unknown here")
     return None
 

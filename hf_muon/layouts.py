@@ -11,7 +11,7 @@ from torch import nn
 
 from .fused import Cut, Site, find_cut
 from .matrices import MatrixLayout
-from .roles import is_convolution
+from .roles import is_convolution, peek
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _convolution(place: Place, options: Options) -> MatrixLayout:
         cut = find_cut(place.up(1).site(shape[0], shape[1]))
     return MatrixLayout(
         shape,
-        groups=module.groups,
+        groups=peek(module, "groups"),
         blocks=cut.blocks if cut else 1,
         sizes=cut.sizes if cut else (),
         transposed=transposed,
@@ -223,7 +223,7 @@ def _experts(place: Place, options: Options) -> MatrixLayout | None:
     if not ("expert" in type(module).__name__.lower() or hasattr(module, "has_gate") or hasattr(module, "num_experts")):
         return None
     if len(shape) == 2 and getattr(module, "moe_num_experts", 0) > 1:  # DBRX: all experts' rows in one 2-D weight
-        return MatrixLayout(shape, groups=module.moe_num_experts, transposed=place.attr == "w2")
+        return MatrixLayout(shape, groups=peek(module, "moe_num_experts"), transposed=place.attr == "w2")
     if len(shape) != 3:
         return None
     others = [shape_of(p) for m in _with_sibling_experts(place) for p in m.parameters(recurse=False)]

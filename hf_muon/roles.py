@@ -31,7 +31,7 @@ def embeddings(model: nn.Module) -> Roles:
         kind = type(module).__name__
         if is_embedding(module):
             _mark(found, module, f"table of {kind}", recurse=False)
-        elif is_convolution(module) and module.in_channels <= RAW_CHANNELS:
+        elif is_convolution(module) and peek(module, "in_channels") <= RAW_CHANNELS:
             _mark(found, module, "convolution over raw input channels", recurse=False)
         inputs = _ask(module, "get_input_embeddings")
         # Some vision models answer with half of themselves; what holds layers is not an embedding.
@@ -120,7 +120,7 @@ def _added_heads(module: nn.Module) -> Iterator[nn.Module]:
     """What a task model adds behind its bodies."""
     if not is_model(module):
         return
-    base = module._modules.get(type(module).base_model_prefix or "")
+    base = module._modules.get(peek(module, "base_model_prefix") or "")
     if base is None:
         inner = [m for m in module.modules() if m is not module and _ask(m, "get_output_embeddings") is not None]
         if inner or not _TASK_CLASS.search(type(module).__name__):

@@ -12,7 +12,7 @@ OUT="${DEMO_DIR:-runs/demo}"
 DATA=data/offline
 # 120 steps on plain text, so that fine-tuning starts from a model that has seen Python. By AdamW, as most public models.
 BASE_STEPS="${DEMO_BASE_STEPS:-120}"
-SFT_STEPS="${DEMO_SFT_STEPS:-240}"
+SFT_STEPS="${DEMO_SFT_STEPS:-150}"
 
 make_environment "${HF_MUON_VENV:-.venv}" recipes
 
