@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     """
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Python number, got a tensor {value!r}: pass {name}.item()")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) < high:
         raise ValueError(f"{name} must be a number in [{low}, {high}), got {value!r}")
     return float(value)
 
@@ -46,6 +47,8 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
     number("lr", group["lr"], 0.0)
     number("weight_decay", group["weight_decay"], 0.0)
     if group["algorithm"] == "adamw":
+        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
+            raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
         number("betas[0]", group["betas"][0], 0.0, 1.0)
         number("betas[1]", group["betas"][1], 0.0, 1.0)
         number("eps", group["eps"], 0.0)
@@ -79,6 +82,10 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     if len({id(p) for p in group["params"]}) != len(group["params"]):
         raise ValueError("a parameter appears twice in one group: tied weights must be given once")
     for name, p in zip(names(group), group["params"], strict=True):
+        if type(p) not in (torch.nn.Parameter, Tensor):
+            raise ValueError(
+                f"{name} is a {type(p).__name__}, not a plain tensor: freeze or convert it before training"
+            )
         if p.dtype not in FLOATS:
             raise ValueError(
                 f"{name} has dtype {p.dtype}: only real floating-point weights can be trained (quantized weights: "
@@ -122,22 +129,28 @@ def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:
         )
 
 
+# The momentum sum reaches 1 / (1 - 0.95) = 20 gradients, and Nesterov doubles it: above this, finite gradients could
+# still overflow float32's 3.4e38 and poison the buffer.
+LARGEST = 1e36
+
+
 def all_finite(grads: list[Tensor]) -> bool:
-    """Whether no gradient holds a NaN or infinity: one pass, one synchronisation per device."""
+    """Whether no gradient holds a NaN, an infinity or more than 1e36: one pass, one synchronisation per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         if grad.numel():
             by_device.setdefault(grad.device, []).append(grad)
     return all(
-        bool(torch.stack(torch._foreach_norm(same, float("inf"))).isfinite().all()) for same in by_device.values()
+        bool((torch.stack([n.float() for n in torch._foreach_norm(same, float("inf"))]) <= LARGEST).all())
+        for same in by_device.values()
     )
 
 
 def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """That a saved optimizer state belongs to these groups."""
-    saved = state_dict["param_groups"]
+    """That a saved optimizer state belongs to these groups, and that what it would put into them is valid."""
     remedy = "load the checkpoint of a hf_muon run of the same model, or start with a fresh optimizer (no resume)"
-    if any("algorithm" not in group for group in saved):
+    saved = state_dict.get("param_groups")
+    if not saved or any("algorithm" not in group for group in saved):
         raise ValueError(
             f"the saved state is another optimizer's, not hf_muon's (its groups name no algorithm): {remedy}"
         )
@@ -146,6 +159,7 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
     if ours != theirs:
         raise ValueError(f"the saved state has groups {theirs}, the model has {ours}: {remedy}")
     for group, other in zip(groups, saved, strict=True):
+        check_hyperparameters({**group, **other})
         if "param_names" in group and "param_names" in other and group["param_names"] != other["param_names"]:
             odd = sorted(set(group["param_names"]) ^ set(other["param_names"]))[:5]
             raise ValueError(f"the saved state is of other parameters (or of another order), e.g. {odd}: {remedy}")
@@ -155,3 +169,17 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
                     raise ValueError(
                         f"{key} saved for {name} has shape {list(value.shape)}, not {list(p.shape)}: {remedy}"
                     )
+
+
+# What a parameter is follows from the model and today's options, never from a checkpoint.
+STRUCTURE = ("params", "param_names", "matrices", "kinds", "hidden_size")
+_SCHEDULED = ("lr", "initial_lr")
+
+
+def differences(group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """The hyper-parameters in which a checkpoint differs from the options of this run, in words."""
+    keys = [key for key in saved if key in group and key not in (*STRUCTURE, *_SCHEDULED)]
+    out = [f"{key}={saved[key]!r} (not {group[key]!r})" for key in keys if saved[key] != group[key]]
+    if saved.get("matrices") != group.get("matrices"):
+        out.append("the matrices of fused weights (today's are used; momentum is elementwise and stays valid)")
+    return out

@@ -16,6 +16,16 @@ SCALES: tuple[str, ...] = ("sqrt_max_dims", "inverse_rms", "sqrt_hidden_size", "
 SCALE_ALIASES: dict[str, str] = {"match_rms_adamw": "sqrt_max_dims"}
 NS_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LORA_FACTORS: tuple[str, ...] = ("both", "B")
+UPDATE_KEYS: tuple[str, ...] = (
+    "momentum",
+    "nesterov",
+    "ns_steps",
+    "ns_coefficients",
+    "ns_dtype",
+    "adjust_lr_fn",
+    "update_rms",
+)
+"""The fields of :class:`MuonConfig` that a Muon group carries; the others decide which groups there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +118,9 @@ class MuonConfig:
             ValueError: a pair without ``=``, a key given twice, and all that :meth:`from_strings` refuses.
         """
         pairs: dict[str, str] = {}
-        for item in (text or "").replace(" ", "").split(","):
+        for item in "".join((text or "").split()).split(","):
             key, equals, value = item.partition("=")
-            if not item and not text:
+            if not item and not (text or "").strip():
                 continue
             if not key or not equals or not value or "=" in value:
                 raise ValueError(

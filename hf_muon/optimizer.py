@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,8 @@ from .exchange import local as exchange
 from .matrices import MatrixLayout
 from .orthogonalize import newton_schulz
 from .telemetry import Telemetry
+
+logger = logging.getLogger("hf_muon")
 
 
 class Muon(Optimizer):
@@ -46,8 +49,8 @@ class Muon(Optimizer):
         RuntimeError: from :meth:`step`, for a sparse or misshapen gradient, or a parameter that a distributed engine
             has re-laid out; nothing has been changed then.
 
-    A NaN or infinity in any gradient skips the whole step: parameters, momentum and AdamW state stay as they were,
-    and :attr:`telemetry` counts it.
+    A NaN or infinity (or more than 1e36) in any gradient skips the whole step: parameters, momentum and AdamW state
+    stay as they were, and :attr:`telemetry` counts it.
     """
 
     telemetry: Telemetry
@@ -122,6 +125,7 @@ class Muon(Optimizer):
             for batch in exchange.batches(pieces):
                 slices = [update.direction(x.grad, x.momentum_buffer, mu, group["nesterov"]) for x in batch]
                 matrices = exchange.to_matrices(batch, slices)  # exchange: whole matrices
+                del slices
                 matrices = self._orthogonalize(matrices, batch[0].matrices[1:], group)  # compute: 0.2 sqrt(max(A, B)) O
                 for piece, change in exchange.to_storage(batch, matrices):  # exchange: where W is stored
                     update.apply_(piece.param, change, lr, decay)  # storage: W <- W - lr (change + decay W)
@@ -142,7 +146,8 @@ class Muon(Optimizer):
         """Check everything before anything changes; false if the step must be skipped."""
         grads: list[Tensor] = []
         for group in self.param_groups:
-            checks.number("lr", group["lr"], 0.0)
+            # torch's chained schedulers end at -1e-21 where they mean 0, and AdamW takes that too.
+            checks.number("lr", group["lr"], -1e-12)
             if group["algorithm"] == "muon":
                 checks.check_storage(group, _layouts(group))
             for name, p in zip(checks.names(group), group["params"], strict=True):
@@ -154,12 +159,20 @@ class Muon(Optimizer):
         self.telemetry.start_step(self.param_groups)
         if checks.all_finite(grads):
             return True
-        self.telemetry.skipped_steps += 1
-        for group in self.param_groups:
-            if group["algorithm"] == "muon":
-                bad = (x for x in zip(group["params"], _layouts(group), strict=True) if x[0].grad is not None)
-                self.telemetry.skipped_matrices += sum(_non_finite_matrices(p.grad, layout) for p, layout in bad)
+        self._record_skip()
         return False
+
+    def _record_skip(self) -> None:
+        """Count what was not finite, and name the first parameter."""
+        bad: list[str] = []
+        matrices = 0
+        for group in self.param_groups:
+            layouts = _layouts(group) if group["algorithm"] == "muon" else [None] * len(group["params"])
+            for name, p, layout in zip(checks.names(group), group["params"], layouts, strict=True):
+                if p.grad is not None and not checks.all_finite([p.grad]):
+                    bad.append(name)
+                    matrices += _non_finite_matrices(p.grad, layout) if layout is not None else 0
+        self.telemetry.record_skip(f"{len(bad)} gradients are not finite, the first of {bad[0]}", matrices)
 
     def _accumulate(self, group: dict[str, Any]) -> list[exchange.Piece]:
         """Apply momentum where it is stored, and list the pieces whose matrices are now due."""
@@ -181,7 +194,7 @@ class Muon(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         for p in params:
             if not self.state[p]:
-                self.state[p]["step"] = torch.tensor(0.0)
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)  # bfloat16 cannot count past 256
                 self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         update.adamw_(
@@ -207,11 +220,20 @@ class Muon(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, bit for bit.
 
+        As in torch, the saved hyper-parameters replace the present ones; a warning names those that differ. Which
+        matrices a parameter holds is taken from the present groups.
+
         Raises:
             ValueError: the state is another optimizer's, or of a model with other parameters; nothing is changed then.
         """
         checks.check_state_dict(self.param_groups, state_dict)
+        present = [{k: group[k] for k in checks.STRUCTURE[1:] if k in group} for group in self.param_groups]
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        for text in dict.fromkeys(d for ours, saved in pairs for d in checks.differences(ours, saved)):
+            logger.warning("the checkpoint's setting wins over this run's: %s", text)
         super().load_state_dict(state_dict)
+        for group, structure in zip(self.param_groups, present, strict=True):
+            group.update(structure)
         # torch casts floating state to the parameter's dtype, which would round the float32 momentum of bfloat16
         # weights; what was saved is put back as it was.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -227,6 +249,6 @@ def _layouts(group: dict[str, Any]) -> list[MatrixLayout]:
 
 
 def _non_finite_matrices(grad: Tensor, layout: MatrixLayout) -> int:
-    """How many logical matrices of ``grad`` hold a NaN or infinity."""
+    """How many logical matrices of ``grad`` hold a NaN, an infinity or more than the momentum can sum."""
     stacks = (layout.to_matrices(piece, i) for i, piece in enumerate(layout.pieces(grad)))
-    return sum(int((~stack.isfinite().flatten(1).all(dim=1)).sum()) for stack in stacks)
+    return sum(int((~(stack.abs() <= checks.LARGEST).flatten(1).all(dim=1)).sum()) for stack in stacks)

@@ -22,9 +22,10 @@ def newton_schulz(
 ) -> Tensor:
     """Approximate ``U V^T`` of ``G = U S V^T`` for every matrix in a stack (equation (2) of arXiv 2502.16982).
 
-    The result does not depend on the scale of ``G``: each matrix is divided by its largest entry and then by its
-    Frobenius norm, in float32, so that neither 1e-30 nor 1e30 under- or overflows. A zero matrix gives exactly zero.
-    A NaN or infinity makes its own matrix NaN and no other.
+    Autocast is off inside, so ``dtype`` is what is computed in; float32 products follow torch's own precision setting
+    (TF32 is off by default). The result does not depend on the scale of ``G``: each matrix is divided by its largest
+    entry and then by its Frobenius norm, in float32, so that neither 1e-30 nor 1e30 under- or overflows. A zero matrix
+    gives exactly zero. A NaN or infinity makes its own matrix NaN and no other.
 
     Args:
         G: ``[..., A, B]``, any strides, any floating dtype; not modified.
@@ -56,7 +57,11 @@ def newton_schulz(
 
 def _iterate(stack: Tensor, triples: tuple[tuple[float, float, float], ...], dtype: torch.dtype) -> Tensor:
     """The iteration on ``[n, A, B]``, on the side whose Gram matrix is the smaller."""
-    X = _unit_norm(stack).to(dtype)
+    with torch.autocast(stack.device.type, enabled=False):
+        return _polynomials(_unit_norm(stack).to(dtype), triples)
+
+
+def _polynomials(X: Tensor, triples: tuple[tuple[float, float, float], ...]) -> Tensor:
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT

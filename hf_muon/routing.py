@@ -1,4 +1,4 @@
-"""Which parameter goes where: a model to routes, and routes to optimizer groups.
+"""Which parameter goes where: a model to routes.
 
 Muon trains hidden matrices. Embeddings, heads, norms, biases, tables and vectors are AdamW's. Every decision is made
 by structure (the module that owns the parameter, its shape, where it sits) and carries its reason. What looks like
@@ -21,9 +21,9 @@ from .config import MuonConfig
 from .layouts import Options, Place, cut_layout, module_layout, raw_layout, shape_of
 from .matrices import MatrixLayout
 from .report import Report
-from .roles import Roles, embeddings, heads, is_convolution, peek
+from .roles import Roles, embeddings, heads, is_convolution
 
-__all__ = ["Report", "Route", "explain", "param_groups", "route"]
+__all__ = ["Report", "Route", "explain", "route"]
 
 _REMEDY = "put its name into include (Muon trains it as one matrix) or exclude (AdamW trains it)"
 
@@ -77,53 +77,6 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> list[Route]:
     return routes
 
 
-def param_groups(
-    model: nn.Module, config: MuonConfig | None = None, *, lr: float, weight_decay: float = 0.0, **overrides: Any
-) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`hf_muon.Muon`: one for Muon, then one (or two, see below) for AdamW.
-
-    Args:
-        model: the model to train, before or after wrapping with PEFT.
-        config: options.
-        lr: learning rate of every group, unless ``config.muon_lr`` or ``config.adamw_lr`` says otherwise.
-        weight_decay: of every group; with ``decay_norms_and_biases=False`` norms and biases form a third group
-            without decay, as in the Trainer.
-        **overrides: fields of :class:`MuonConfig` by name; they win over ``config``.
-
-    Raises:
-        ValueError: see :func:`route`; or a parameter in no group, or in two.
-    """
-    config = replace(config or MuonConfig(), **overrides)
-    routes = route(model, config)
-    _check_partition(model, routes)
-    decayed = [_has_decay(r, config) for r in routes]
-    muon = [r for r in routes if r.algorithm == "muon"]
-    adamw = [r for r, d in zip(routes, decayed, strict=False) if r.algorithm == "adamw" and d]
-    plain = [r for r, d in zip(routes, decayed, strict=False) if r.algorithm == "adamw" and not d]
-    # Few groups: DeepSpeed flattens and partitions each group on its own.
-    rates = {"muon": config.muon_lr, "adamw": config.adamw_lr}
-    groups = []
-    for members, algorithm, decay in (
-        (muon, "muon", weight_decay),
-        (adamw, "adamw", weight_decay),
-        (plain, "adamw", 0.0),
-    ):
-        if not members:
-            continue
-        group: dict[str, Any] = {
-            "params": [(r.name, r.parameter) for r in members],
-            "algorithm": algorithm,
-            "kinds": [r.kind for r in members],
-            "lr": lr if rates[algorithm] is None else rates[algorithm],
-            "weight_decay": decay,
-        }
-        if algorithm == "muon":
-            group["matrices"] = [r.layout.key() for r in members if r.layout is not None]
-            group["hidden_size"] = _hidden_size(model)
-        groups.append(group)
-    return groups
-
-
 def explain(
     model: nn.Module, config: MuonConfig | None = None, *, file: TextIO | None = None, **overrides: Any
 ) -> Report:
@@ -166,7 +119,9 @@ def _decide(
 ) -> Decision:
     """The structural decision, unless include or exclude overrides it."""
     if override == "exclude":
-        return "excluded", "matched by exclude", None
+        # A norm stays a norm: what decides about its weight decay is what it is, not who asked for AdamW.
+        kind = _vector(place)[0] if len(place.shape) < 2 else "excluded"
+        return kind, "matched by exclude", None
     if override is None:
         return _classify(place, parameter, inputs, outputs, config)
     if len(place.shape) < 2:
@@ -184,7 +139,7 @@ def _decide(
 def _classify(place: Place, parameter: nn.Parameter, inputs: Roles, outputs: Roles, config: MuonConfig) -> Decision:
     """Kind, reason and layout of one parameter, by structure."""
     shape, module = place.shape, place.module
-    if len(shape) < 2 or "norm" in type(module).__name__.lower():
+    if len(shape) < 2 or ("norm" in type(module).__name__.lower() and not isinstance(module, nn.Linear)):
         return _vector(place)
     for kind, roles in (("embedding", inputs), ("head", outputs)):
         if id(parameter) in roles:
@@ -288,30 +243,3 @@ def _check_tensor(name: str, parameter: nn.Parameter) -> None:
             f"{name} is trainable but a {type(parameter.data).__name__} of {parameter.dtype}, not plain floats: "
             "freeze it (quantized models train through adapters) or convert it"
         )
-
-
-def _check_partition(model: nn.Module, routes: list[Route]) -> None:
-    """Every trainable parameter in exactly one route."""
-    routed = [id(r.parameter) for r in routes]
-    twice = {r.name for r in routes if routed.count(id(r.parameter)) > 1} if len(set(routed)) < len(routed) else set()
-    missing = (
-        [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in set(routed)] if not twice else []
-    )
-    if twice or missing:
-        raise ValueError(
-            f"parameters in two groups: {sorted(twice)}; in none: {missing}: this is a bug, please report it"
-        )
-
-
-def _has_decay(found: Route, config: MuonConfig) -> bool:
-    return config.decay_norms_and_biases or found.kind not in ("norm", "bias")
-
-
-def _hidden_size(model: nn.Module) -> int | None:
-    """Width of the residual stream, for the baseline scale of Table 1."""
-    config = peek(model, "config")
-    for place in (config, peek(config, "text_config")):
-        size = peek(place, "hidden_size")
-        if isinstance(size, int):
-            return size
-    return None

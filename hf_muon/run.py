@@ -41,7 +41,10 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())
     try:
         found = importlib.util.find_spec(target)
-    except ModuleNotFoundError:  # of a parent package
+    except ModuleNotFoundError as error:
+        # A parent package that is missing is our message; one that fails to import something else has its own.
+        if error.name is None or not f"{target}.".startswith(f"{error.name}."):
+            raise
         found = None
     if found is None:
         raise SystemExit(f"hf_muon.run: no such module or script: {target}")

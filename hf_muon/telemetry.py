@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("hf_muon")
 
 
 class Telemetry:
@@ -17,7 +20,8 @@ class Telemetry:
         self.skipped_steps = 0
         """Steps that changed nothing because a gradient was not finite."""
         self.skipped_matrices = 0
-        """Matrices with a non-finite gradient in those steps, summed."""
+        """Matrices whose gradient was not finite when the optimizer saw it, summed over those steps. Clipping by the
+        global norm spreads one NaN to every gradient before that."""
         self._squares: dict[str, list[Tensor]] = {}
         self._counts: dict[str, int] = {}
         self._rates: dict[str, float] = {}
@@ -34,9 +38,18 @@ class Telemetry:
             key = "muon/lr" if group["algorithm"] == "muon" else "muon/adamw_lr"
             self._rates.setdefault(key, group["lr"])
 
+    def record_skip(self, reason: str, matrices: int = 0) -> None:
+        """Count a step that changed nothing; warn at the first, second, fourth, eighth, ... of them."""
+        self._squares.clear()
+        self._counts.clear()
+        self.skipped_steps += 1
+        self.skipped_matrices += matrices
+        if self.skipped_steps & (self.skipped_steps - 1) == 0:
+            logger.warning("step skipped, nothing changed: %s (%d skipped so far)", reason, self.skipped_steps)
+
     def record_update(self, kind: str, update: Tensor) -> None:
         """Add one scaled update (before the learning rate) to its kind."""
-        self._squares.setdefault(kind, []).append(torch.linalg.vector_norm(update, dtype=torch.float32).square())
+        self._squares.setdefault(kind, []).append(_norm(update).square())
         self._counts[kind] = self._counts.get(kind, 0) + update.numel()
 
     def metrics(self, param_groups: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -59,10 +72,13 @@ def _weights(groups: Iterable[dict[str, Any]]) -> tuple[dict[str, float], dict[s
     for group in groups:
         kinds = group.get("kinds") or [group["algorithm"]] * len(group["params"])
         for kind, p in zip(kinds, group["params"], strict=True):
-            norm = torch.linalg.vector_norm(p.detach(), dtype=torch.float32)
-            squares.setdefault(kind, []).append(norm.square())
+            squares.setdefault(kind, []).append(_norm(p.detach()).square())
             counts[kind] = counts.get(kind, 0) + p.numel()
     return _sums(squares), counts
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).float()
 
 
 def _sums(values: dict[str, list[Tensor]]) -> dict[str, float]:
@@ -83,5 +99,5 @@ def _rms_by_kind(prefix: str, squares: dict[str, float], counts: dict[str, int])
     if not total:
         return {}
     out = {prefix: math.sqrt(sum(squares.values()) / total)}
-    out.update({f"{prefix}/{kind}": math.sqrt(squares[kind] / counts[kind]) for kind in sorted(counts)})
+    out.update({f"{prefix}/{kind}": math.sqrt(squares[kind] / counts[kind]) for kind in sorted(counts) if counts[kind]})
     return out

@@ -39,7 +39,7 @@ def scale_(
     if adjust_lr_fn in ("sqrt_max_dims", "match_rms_adamw"):
         return stack.mul_(update_rms * math.sqrt(max(a, b)))
     if adjust_lr_fn == "original":
-        return stack.mul_(math.sqrt(max(1.0, a / b)))
+        return stack.mul_(math.sqrt(max(1.0, a / max(b, 1))))
     if adjust_lr_fn == "sqrt_hidden_size":
         if hidden_size is None:
             raise ValueError("adjust_lr_fn='sqrt_hidden_size' needs hidden_size (H in 0.2 * sqrt(H)) in the group")

@@ -32,6 +32,9 @@ def test_accelerate_launch_of_trl_sft(tmp_path, processes):
     env["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "optim='muon' is hf_muon's" in done.stderr and done.stderr.count("trainable parameters: Muon") == 1
+    assert (
+        "The optimizer of this run is hf_muon.Muon" in done.stderr
+        and done.stderr.count("trainable parameters: Muon") == 1
+    )
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     assert [x["muon/update_rms"] > 0 for x in state["log_history"] if "loss" in x] == [True, True]

@@ -369,3 +369,141 @@ def test_grad_scaler_skips_and_recovers():
     scaler.scale((p**2).sum()).backward()
     scaler.step(optimizer)
     assert not torch.equal(p, before)
+
+
+def test_an_overflow_under_accelerates_scaler_is_counted_and_leaves_no_stale_update_rms():
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    Accelerator(cpu=True)
+    p = _param(4, 4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer = AcceleratedOptimizer(Muon([p]), device_placement=False, scaler=scaler)
+    for factor in (1.0, math.inf):
+        optimizer.zero_grad()
+        scaler.scale((p * factor).sum()).backward()
+        optimizer.step()
+    metrics = optimizer.optimizer.metrics()
+    assert metrics["muon/skipped_steps"] == 1 and "muon/update_rms" not in metrics
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_gradients_make_ordinary_steps(scale):
+    plain, scaled = _param(8, 12), _param(8, 12)
+    start = plain.detach().clone()
+    for p, factor in ((plain, 1.0), (scaled, scale)):
+        optimizer = Muon([p], lr=0.1, ns_dtype="float32")
+        for seed in range(3):
+            _grads([p], seed)
+            p.grad *= factor
+            optimizer.step()
+        assert optimizer.telemetry.skipped_steps == 0
+    assert relative_error(scaled, plain, start) < 1e-4
+
+
+def test_finite_gradients_too_large_to_sum_are_skipped():
+    p = _param(4, 4)
+    optimizer = Muon([p])
+    for _ in range(3):
+        p.grad = torch.full_like(p, 3e38)
+        optimizer.step()
+    assert optimizer.telemetry.skipped_steps == 3 and not optimizer.state and p.isfinite().all()
+
+
+def test_skips_are_warned_about_by_name(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("hf_muon"), "propagate", True)
+    params, optimizer = _mixed()
+    for _ in range(5):
+        _grads(params, 0)
+        params[1].grad[0, 0, 0] = math.nan
+        optimizer.step()
+    warned = [text for text in dict.fromkeys(caplog.messages) if "skipped" in text]
+    assert len(warned) == 3 and "the first of w1 (4 skipped so far)" in warned[2]
+    assert "muon/update_rms" not in optimizer.metrics()
+
+
+def test_half_precision_weights_are_rounded_once():
+    p = _param(16, 24, dtype=torch.bfloat16)
+    start = p.detach().clone()
+    optimizer = Muon([p], lr=1e-2, weight_decay=0.1, ns_dtype="float32")
+    _grads([p], 1)
+    optimizer.step()
+    g = p.grad.float()
+    change = 0.2 * math.sqrt(24) * newton_schulz(1.95 * g, dtype=torch.float32)
+    want = (start.float() * (1 - 1e-2 * 0.1) - 1e-2 * change).to(torch.bfloat16)
+    # The same float32 value must be rounded; a different last bit of the sum can move it by one bfloat16 step at most.
+    assert (p != want).float().mean() < 0.01
+
+
+def test_float64_weights_train_and_log():
+    p = _param(6, 6, dtype=torch.float64)
+    optimizer = Muon([p], ns_dtype="float32")
+    _grads([p], 0)
+    optimizer.step()
+    assert optimizer.state[p]["momentum_buffer"].dtype == torch.float64
+    assert optimizer.metrics()["muon/weight_rms"] > 0
+
+
+def test_autocast_does_not_change_the_arithmetic():
+    torch.manual_seed(0)
+    G = torch.randn(16, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = newton_schulz(G, dtype=torch.float32)
+    assert inside.dtype == torch.float32 and torch.equal(inside, newton_schulz(G, dtype=torch.float32))
+
+
+def test_torchs_own_schedulers_may_end_a_hair_below_zero():
+    p = _param(4, 4)
+    optimizer = Muon([p], lr=1e-3)
+    optimizer.param_groups[0]["lr"] = -4.4e-21
+    _grads([p], 0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = -1e-3
+    with pytest.raises(ValueError, match="lr must be"):
+        optimizer.step()
+
+
+def test_the_step_counter_of_adamw_does_not_saturate_under_a_bf16_default_dtype():
+    p = _param(3)
+    optimizer = Muon([{"params": [p], "algorithm": "adamw"}])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["step"].dtype == torch.float32
+
+
+def test_resuming_with_other_options_keeps_todays_matrices_and_says_what_differs(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("hf_muon"), "propagate", True)
+
+    def make(sizes, momentum):
+        p = _param(8, 4)
+        group = {"params": [("w", p)], "matrices": [MatrixLayout((8, 4), sizes=sizes).key()]}
+        return p, Muon([group], momentum=momentum)
+
+    p, old = make((), 0.9)
+    _grads([p], 0)
+    old.step()
+    _, new = make((4, 4), 0.5)
+    new.load_state_dict(old.state_dict())
+    assert new.param_groups[0]["matrices"] == [MatrixLayout((8, 4), sizes=(4, 4)).key()]
+    assert new.param_groups[0]["momentum"] == 0.9
+    assert "momentum=0.9 (not 0.5)" in caplog.text and "matrices of fused weights" in caplog.text
+    broken = old.state_dict()
+    broken["param_groups"][0] = {**broken["param_groups"][0], "momentum": 7}
+    with pytest.raises(ValueError, match="momentum"):
+        new.load_state_dict(broken)
+    assert new.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_refused_group_is_not_half_added():
+    optimizer = Muon([_param(4, 4)])
+    with pytest.raises(ValueError, match="not a matrix"):
+        optimizer.add_param_group({"params": [_param(3)]})
+    assert len(optimizer.param_groups) == 1

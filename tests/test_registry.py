@@ -16,7 +16,10 @@ from transformers.training_args import OptimizerNames
 
 import hf_muon
 from hf_muon import MuonConfig
+from hf_muon.config import UPDATE_KEYS
 from hf_muon.integrations import registry
+
+from . import tiny
 
 
 def _args(tmp_path, **options):
@@ -64,7 +67,7 @@ def test_training_args_bin_loads_in_a_process_that_imports_nothing_of_ours(tmp_p
 
 def test_register_is_idempotent_and_undoable():
     def snapshot():
-        wrapped = Trainer.log, Trainer.get_optimizer_cls_and_kwargs, TrainingArguments.__post_init__
+        wrapped = [owner.__dict__[name] for owner, name, _ in registry._WRAPS]
         return list(OptimizerNames), dict(_OPTIMIZER_HANDLERS), wrapped
 
     before = snapshot()
@@ -76,8 +79,8 @@ def test_register_is_idempotent_and_undoable():
         assert not hasattr(OptimizerNames, "MUON")
         with pytest.raises(ValueError, match="muon is not a valid OptimizerNames"):
             OptimizerNames("muon")
-        assert not any(hasattr(method, registry._WRAPPED) for method in snapshot()[2])
         assert all(a is not b for a, b in zip(snapshot()[2], before[2], strict=True))
+        assert Trainer.log.__code__.co_filename.endswith("transformers/trainer.py")
     finally:
         hf_muon.register()
     assert [m.value for m in OptimizerNames] == [m.value for m in before[0]]
@@ -103,6 +106,49 @@ def test_a_muon_of_transformers_own_is_neither_replaced_nor_clobbered(caplog, mo
         registry._remove_member(theirs)
         hf_muon.register()
     assert registry._is_ours(OptimizerNames("muon"))
+
+
+def test_an_enum_name_of_transformers_own_is_not_taken():
+    hf_muon.unregister()
+    theirs = registry._add_member("MUON")  # a member named MUON with a value that is not "muon"
+    try:
+        hf_muon.register()
+        assert OptimizerNames.MUON is theirs and OptimizerNames("muon").name == "HF_MUON_MUON"
+        hf_muon.unregister()
+        assert OptimizerNames.MUON is theirs and list(OptimizerNames)[-1] is theirs
+    finally:
+        registry._remove_member(theirs)
+        hf_muon.register()
+
+
+def test_a_later_patch_of_another_library_survives_unregister(monkeypatch):
+    ours = Trainer.__dict__["log"]
+
+    def theirs(self, *args, **kwargs):
+        return ours(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "log", theirs)
+    hf_muon.register()
+    hf_muon.unregister()
+    assert Trainer.__dict__["log"] is theirs
+    hf_muon.register()
+    assert Trainer.__dict__["log"] is theirs, "wrapped once is enough"
+
+
+def test_every_option_reaches_the_optimizer_by_name(tmp_path):
+    text = (
+        "momentum=0.8,nesterov=false,ns_steps=6,ns_coefficients=3/-4/2,ns_dtype=float32,adjust_lr_fn=original,"
+        "update_rms=0.3,muon_lr=1e-2,adamw_lr=2e-3,decay_norms_and_biases=false"
+    )
+    args = _args(tmp_path, optim="muon", optim_args=text, weight_decay=0.07)
+    args.adam_beta1, args.adam_beta2, args.adam_epsilon = 0.7, 0.8, 1e-5
+    cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(args)
+    muon, adamw, plain = cls()(tiny.qwen2(), **kwargs).param_groups
+    config = MuonConfig.from_optim_args(text)
+    assert {key: muon[key] for key in UPDATE_KEYS} == {key: getattr(config, key) for key in UPDATE_KEYS}
+    assert (muon["lr"], adamw["lr"], plain["lr"]) == (1e-2, 2e-3, 2e-3)
+    assert (muon["weight_decay"], adamw["weight_decay"], plain["weight_decay"]) == (0.07, 0.07, 0.0)
+    assert adamw["betas"] == (0.7, 0.8) and adamw["eps"] == 1e-5
 
 
 def test_optim_args_reach_the_config():

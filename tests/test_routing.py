@@ -8,8 +8,10 @@ import transformers as hf
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
-from hf_muon import MatrixLayout, MuonConfig, explain, param_groups
+from hf_muon import MatrixLayout, Muon, MuonConfig, explain, param_groups
 from hf_muon.routing import route
+
+from . import tiny
 
 SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 ROPE = dict(max_position_embeddings=64, intermediate_size=48)
@@ -444,3 +446,26 @@ def test_explain_prints_what_it_returns(capsys):
     assert sum(r.numel for r in report.rows) == report.numel() == sum(p.numel() for p in llama().parameters())
     assert math.isclose(report.numel("muon") + report.numel("adamw"), report.numel())
     assert {r.matrices for r in report.rows if r.kind == "mlp"} == {6}
+
+
+def test_groups_carry_what_was_asked_and_nothing_else():
+    model = tiny.qwen2()
+    muon, adamw = Muon(param_groups(model), lr=5e-3, weight_decay=0.2, momentum=0.6).param_groups
+    assert (muon["lr"], adamw["lr"], muon["weight_decay"], muon["momentum"]) == (5e-3, 5e-3, 0.2, 0.6)
+    by_config = Muon(param_groups(model, MuonConfig(momentum=0.5, ns_steps=7, ns_dtype="float32"))).param_groups[0]
+    assert (by_config["momentum"], by_config["ns_steps"], by_config["ns_dtype"]) == (0.5, 7, "float32")
+    by_keyword = Muon(param_groups(model, momentum=0.5), momentum=0.9, ns_steps=4).param_groups[0]
+    assert (by_keyword["momentum"], by_keyword["ns_steps"]) == (0.5, 4)
+
+
+def test_an_excluded_norm_keeps_its_own_decay_rule():
+    groups = param_groups(tiny.qwen2(), exclude=("*norm*",), decay_norms_and_biases=False, weight_decay=0.1)
+    assert {g["weight_decay"] for g in groups for k in g["kinds"] if k in ("norm", "bias")} == {0.0}
+
+
+def test_a_class_name_does_not_make_a_linear_a_norm():
+    class NormHeadLinear(torch.nn.Linear):
+        pass
+
+    model = torch.nn.Sequential(NormHeadLinear(8, 8), torch.nn.Linear(8, 8))
+    assert {r.algorithm for r in route(model) if r.parameter.ndim == 2} == {"muon"}

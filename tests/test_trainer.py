@@ -215,6 +215,30 @@ def test_a_nan_gradient_is_skipped_counted_and_training_goes_on(tmp_path):
     assert all(math.isfinite(x["loss"]) for x in logs)
 
 
+class _PoisonForward(TrainerCallback):
+    """A NaN in the loss of the third step, with the Trainer's default clipping."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.handle = None
+        if state.global_step == 2:
+            layer = model.model.layers[0]
+            self.handle = layer.register_forward_hook(lambda m, i, o: (o[0] if isinstance(o, tuple) else o) * math.nan)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def test_a_nan_loss_under_default_clipping_is_survived(tmp_path):
+    trainer = make(tmp_path)
+    trainer.add_callback(_PoisonForward())
+    trainer.train()
+    logs = [x for x in trainer.state.log_history if "loss" in x]
+    assert [x["muon/skipped_steps"] for x in logs] == [0, 0, 1, 1, 1]
+    assert ["muon/update_rms" in x for x in logs] == [True, True, False, True, True]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
 def test_hook_for_subclasses_and_factory_equal_the_name(tmp_path):
     class Mine(Trainer):
         def create_optimizer(self, model=None):

@@ -1,10 +1,10 @@
 """Makes ``optim="muon"`` a valid choice of ``transformers.TrainingArguments``, and takes it back.
 
 transformers has no plugin point for optimizers, so this adds a member to its ``OptimizerNames`` enum and a handler to
-its table, and wraps three methods: ``Trainer.log`` adds ``muon/...`` to the training logs;
-``TrainingArguments.__post_init__`` and ``Trainer.get_optimizer_cls_and_kwargs`` refuse, as early as it can be known, a
-malformed ``optim_args`` and an engine that would train with something else. All of it is idempotent and undone by
-:func:`unregister`.
+its table, and wraps four methods: ``Trainer.log`` adds ``muon/...`` to the training logs;
+``AcceleratedOptimizer.step`` counts the steps that a loss scaler skips; ``TrainingArguments.__post_init__`` and
+``Trainer.get_optimizer_cls_and_kwargs`` refuse, as early as it can be known, a malformed ``optim_args`` and an engine
+that would train with something else. All of it is idempotent and undone by :func:`unregister`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 import logging
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames, TrainingArguments
@@ -25,7 +26,8 @@ logger = logging.getLogger("hf_muon")
 NAMES = ("muon", "hf_muon")
 """``optim`` values of this package. The second is ours even if a future transformers has a "muon" of its own."""
 
-_WRAPPED = "_hf_muon_original"
+# (owner, method) -> (what was there, what we put there)
+_installed: dict[tuple[Any, str], tuple[Any, Any]] = {}
 # The enum is closed to type checkers, as it is to everybody else.
 _ENUM: Any = OptimizerNames
 
@@ -45,12 +47,14 @@ def register() -> None:
                 "optim='hf_muon' selects this package's Muon.",
                 name,
             )
-    for owner, name, wrap, static in _WRAPS:
-        method = getattr(owner, name)
-        if not hasattr(method, _WRAPPED):
-            wrapped = wrap(method)
-            setattr(wrapped, _WRAPPED, method)
-            setattr(owner, name, staticmethod(wrapped) if static else wrapped)
+    for owner, name, wrap in _WRAPS:
+        if (owner, name) not in _installed:
+            original = owner.__dict__[name]
+            static = isinstance(original, staticmethod)
+            wrapped = wrap(original.__func__ if static else original)
+            wrapped = staticmethod(wrapped) if static else wrapped
+            _installed[owner, name] = (original, wrapped)
+            setattr(owner, name, wrapped)
 
 
 def unregister() -> None:
@@ -60,10 +64,11 @@ def unregister() -> None:
         if member is not None and _is_ours(member):
             _OPTIMIZER_HANDLERS.pop(member, None)
             _remove_member(member)
-    for owner, name, _, static in _WRAPS:
-        original = getattr(getattr(owner, name), _WRAPPED, None)
-        if original is not None:
-            setattr(owner, name, staticmethod(original) if static else original)
+    for (owner, name), (original, wrapped) in list(_installed.items()):
+        # Where somebody has wrapped ours, taking ours out would take theirs out too; ours does nothing without a Muon.
+        if owner.__dict__[name] is wrapped:
+            setattr(owner, name, original)
+            del _installed[owner, name]
 
 
 def member(value: str) -> OptimizerNames:
@@ -84,7 +89,9 @@ def _is_ours(optim: Any) -> bool:
 def _add_member(value: str) -> Any:
     """A new member of a closed enum, made as ``EnumType`` makes them."""
     new: Any = str.__new__(_ENUM, value)
-    new._name_, new._value_ = value.upper(), value
+    # A transformers of the future may use the name MUON for a value of its own.
+    name = value.upper() if value.upper() not in _ENUM._member_map_ else f"HF_MUON_{value.upper()}"
+    new._name_, new._value_ = name, value
     new.__objclass__ = _ENUM
     new._sort_order_ = len(_ENUM._member_names_)
     # By default an enum member pickles as "OptimizerNames('muon')", which fails in a process that has not imported
@@ -120,6 +127,18 @@ def _with_muon_metrics(original: Any) -> Any:
     return log
 
 
+def _counting_scaler_skips(original: Any) -> Any:
+    @functools.wraps(original)
+    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        original(self, closure)
+        # With a loss scaler, an overflow means that the optimizer's own step was never called.
+        optimizer = find_muon(self)
+        if optimizer is not None and self.scaler is not None and self.step_was_skipped:
+            optimizer.telemetry.record_skip("the loss scaler found an infinity")
+
+    return step
+
+
 def _with_checked_optim_args(original: Any) -> Any:
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -149,8 +168,9 @@ def _check(args: TrainingArguments) -> None:
         refuse_unsupported_engine()
 
 
-_WRAPS: tuple[tuple[Any, str, Any, bool], ...] = (
-    (Trainer, "log", _with_muon_metrics, False),
-    (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args, True),
-    (TrainingArguments, "__post_init__", _with_early_checks, False),
+_WRAPS: tuple[tuple[Any, str, Any], ...] = (
+    (Trainer, "log", _with_muon_metrics),
+    (AcceleratedOptimizer, "step", _counting_scaler_skips),
+    (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args),
+    (TrainingArguments, "__post_init__", _with_early_checks),
 )

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from ..config import MuonConfig
+from ..groups import param_groups
 from ..optimizer import Muon
-from ..routing import Report, param_groups, route
+from ..routing import Report, route
 
 logger = logging.getLogger("hf_muon")
 
 _CONFIG_KEYS = frozenset(MuonConfig.keys())
-# MuonConfig fields that Muon itself takes; the others shape the groups.
-_MUON_KEYS = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_dtype", "adjust_lr_fn", "update_rms")
+_MAX_WRAPPERS = 4  # accelerate's, an engine's, and some to spare; a wrapper that wraps itself must not hang a log
 
 
 class MuonFactory:
@@ -31,7 +31,7 @@ class MuonFactory:
         model: nn.Module,
         *,
         lr: float,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         **options: Any,
@@ -48,10 +48,9 @@ class MuonFactory:
             weight_decay=weight_decay,
             betas=betas,
             eps=eps,
-            **{key: getattr(config, key) for key in _MUON_KEYS},
         )
         if int(os.environ.get("RANK", "0")) == 0:
-            logger.info("optim='muon' is hf_muon's.\n%s", Report(tuple(route(model, config))))
+            logger.info("The optimizer of this run is hf_muon.Muon.\n%s", Report(tuple(route(model, config))))
         return optimizer
 
 
@@ -103,6 +102,8 @@ def _accelerator_engines() -> list[str]:
 
 def find_muon(optimizer: Any) -> Muon | None:
     """The :class:`hf_muon.Muon` inside accelerate's wrappers, if that is what is training."""
-    while optimizer is not None and not isinstance(optimizer, Muon):
+    for _ in range(_MAX_WRAPPERS):
+        if isinstance(optimizer, Muon):
+            return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+    return None
