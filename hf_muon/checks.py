@@ -84,7 +84,8 @@ def check_parameters(group: Mapping[str, Any]) -> None:
     for name, p in zip(names(group), group["params"], strict=True):
         if type(p) not in (torch.nn.Parameter, Tensor):
             raise ValueError(
-                f"{name} is a {type(p).__name__}, not a plain tensor: freeze or convert it before training"
+                f"{name} is a {type(p).__name__}, and this version trains plain tensors only: sharded weights (FSDP2, "
+                "tensor parallelism) are not served, quantized ones must be frozen or converted"
             )
         if p.dtype not in FLOATS:
             raise ValueError(

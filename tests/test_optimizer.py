@@ -288,6 +288,10 @@ def test_bad_hyper_parameters_name_the_value(options, error, message):
         Muon([_param(4, 4)], **options)
 
 
+class _Wrapped(torch.Tensor):
+    """Stands for a sharded or quantized tensor."""
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
@@ -299,6 +303,7 @@ def test_bad_hyper_parameters_name_the_value(options, error, message):
         (lambda: [torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)], "int8"),
         (lambda: [torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.cfloat))], "complex64"),
         (lambda: [_param(4, 4)] * 2, "twice"),
+        (lambda: [_Wrapped(torch.zeros(4, 4)).requires_grad_()], "is a _Wrapped.*plain tensors only"),
         (lambda: [{"params": [_param(4, 4)], "algorithm": "sgd"}], "'sgd'"),
         (lambda: [{"params": [_param(4, 4)], "matrices": []}], "entries in 'matrices'"),
         (lambda: [{"params": [_param(4)], "algorithm": "adamw", "betas": (0.9, 1.5)}], "1.5"),

@@ -218,6 +218,17 @@ def _args_without_checks(tmp_path, monkeypatch):
         return _args(tmp_path, optim="muon")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "engine"), [("deepspeed", {"optimizer": {}}, "DeepSpeed"), ("fsdp", True, "FSDP")]
+)
+def test_an_engine_named_in_the_arguments_is_refused(tmp_path, key, value, engine):
+    # Set afterwards, because building them with it needs the engine installed.
+    args = _args(tmp_path, optim="muon")
+    setattr(args, key, value)
+    with pytest.raises(RuntimeError, match=f"{engine} is active"):
+        registry._check(args)
+
+
 def test_other_optimizers_are_untouched(tmp_path):
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(_args(tmp_path, optim="adamw_torch"), torch.nn.Linear(2, 2))
     assert cls is torch.optim.AdamW and "momentum" not in kwargs

@@ -165,7 +165,7 @@ def _check(args: TrainingArguments) -> None:
     """
     if _is_ours(args.optim):
         MuonConfig.from_optim_args(args.optim_args)
-        refuse_unsupported_engine()
+        refuse_unsupported_engine(args)
 
 
 _WRAPS: tuple[tuple[Any, str, Any], ...] = (

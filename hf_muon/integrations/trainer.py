@@ -81,11 +81,19 @@ def create_optimizer(model: nn.Module, args: Any, **options: Any) -> Muon:
     return MuonFactory()(model, **{**arguments(args, config), **options})
 
 
-def refuse_unsupported_engine() -> None:
-    """Fail before the engine re-lays the parameters out, not after."""
+def refuse_unsupported_engine(args: Any = None) -> None:
+    """Fail before the engine re-lays the parameters out, not after.
+
+    Args:
+        args: ``TrainingArguments``, whose ``deepspeed`` and ``fsdp`` name an engine before it has started.
+
+    Raises:
+        RuntimeError: DeepSpeed, FSDP or Megatron-LM is configured or active.
+    """
     flags = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
-    active = [name for name, variable in flags.items() if os.environ.get(variable, "").lower() in ("1", "true")]
-    active += [name for name in _accelerator_engines() if name not in active]
+    active = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
+    active += [name for name, variable in flags.items() if os.environ.get(variable, "").lower() in ("1", "true")]
+    active += _accelerator_engines()
     if active:
         raise RuntimeError(
             f"optim='muon' serves one process and DDP in this version, and {active[0]} is active: launch with a "
