@@ -29,7 +29,7 @@ if importlib.util.find_spec("transformers") is not None:
     except ImportError as error:
         _logger.warning(
             "optim='muon' is not registered: the installed transformers or accelerate does not fit hf_muon %s (%s); "
-            "install transformers>=5.17. hf_muon.Muon itself works.",
+            "install transformers>=5.23. hf_muon.Muon itself works.",
             __version__,
             error,
         )
