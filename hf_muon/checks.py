@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from numbers import Real
@@ -13,6 +14,8 @@ from torch import Tensor
 from .coefficients import schedule
 from .config import NS_DTYPES, SCALE_ALIASES, SCALES
 from .matrices import MatrixLayout
+
+logger = logging.getLogger("hf_muon")
 
 ALGORITHMS = ("muon", "adamw")
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -81,6 +84,14 @@ def check_parameters(group: Mapping[str, Any]) -> None:
         raise ValueError(f"empty {group['algorithm']!r} parameter group: leave it out, or check what should be in it")
     if len({id(p) for p in group["params"]}) != len(group["params"]):
         raise ValueError("a parameter appears twice in one group: tied weights must be given once")
+    half = [name for name, p in zip(names(group), group["params"], strict=True) if p.dtype == torch.float16]
+    if half:
+        logger.warning(
+            "%s (and %d more) has float16 weights: AdamW's eps=1e-8 is 0 there and updates round away; load the model "
+            "in float32 (with fp16=True for the arithmetic) or in bfloat16",
+            half[0],
+            len(half) - 1,
+        )
     for name, p in zip(names(group), group["params"], strict=True):
         if type(p) not in (torch.nn.Parameter, Tensor):
             raise ValueError(
@@ -158,7 +169,10 @@ def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]
     ours = [(group["algorithm"], len(group["params"])) for group in groups]
     theirs = [(group["algorithm"], len(group["params"])) for group in saved]
     if ours != theirs:
-        raise ValueError(f"the saved state has groups {theirs}, the model has {ours}: {remedy}")
+        raise ValueError(
+            f"the saved state has groups {theirs}, the model has {ours}: another model, or include, exclude, lora or "
+            f"decay_norms_and_biases differ from those of the saved run: {remedy}"
+        )
     for group, other in zip(groups, saved, strict=True):
         check_hyperparameters({**group, **other})
         if "param_names" in group and "param_names" in other and group["param_names"] != other["param_names"]:
@@ -181,6 +195,8 @@ def differences(group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]
     """The hyper-parameters in which a checkpoint differs from the options of this run, in words."""
     keys = [key for key in saved if key in group and key not in (*STRUCTURE, *_SCHEDULED)]
     out = [f"{key}={saved[key]!r} (not {group[key]!r})" for key in keys if saved[key] != group[key]]
-    if saved.get("matrices") != group.get("matrices"):
-        out.append("the matrices of fused weights (today's are used; momentum is elementwise and stays valid)")
+    # A schedule moves lr; what a run asked for is what the schedule starts from.
+    base, asked = (g.get("initial_lr", g["lr"]) for g in (saved, group))
+    if base != asked:
+        out.append(f"{group['algorithm']} learning rate {base!r} (not {asked!r})")
     return out

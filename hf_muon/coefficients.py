@@ -50,6 +50,8 @@ _VARYING: dict[str, tuple[Triple, ...]] = {
 # rounding has pushed above 1 inside the region where the polynomial is bounded.
 _POLAR_EXPRESS_SAFETY = 1.01
 
+_LARGEST = 10.0
+
 NAMES: tuple[str, ...] = (*_REPEATED, *_VARYING)
 
 
@@ -68,7 +70,8 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         steps: number of steps, 1 or more.
 
     Raises:
-        ValueError: unknown name, a triple that is not three finite numbers, or a schedule of another length.
+        ValueError: unknown name, a triple that is not three finite numbers, a schedule of another length, or one under
+            which some singular value grows past any use (more than 10).
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"ns_steps must be an integer >= 1, got {steps!r}")
@@ -82,8 +85,21 @@ def schedule(coefficients: Coefficients, steps: int) -> tuple[Triple, ...]:
         return _of_length(_VARYING[coefficients], steps, coefficients)
     rows = list(coefficients)
     if len(rows) == 3 and not any(isinstance(row, Sequence) for row in rows):
-        return (_triple(rows),) * steps
-    return _of_length(tuple(_triple(row) for row in rows), steps, "the given schedule")
+        return _bounded((_triple(rows),) * steps)
+    return _bounded(_of_length(tuple(_triple(row) for row in rows), steps, "the given schedule"))
+
+
+def _bounded(triples: tuple[Triple, ...]) -> tuple[Triple, ...]:
+    """``triples``, if they keep singular values from [0, 1] bounded: one that diverges would wreck the weights."""
+    for start in range(1, 201):
+        s = start / 200
+        for a, b, c in triples:
+            s = a * s + b * s**3 + c * s**5
+            if abs(s) > _LARGEST:
+                raise ValueError(
+                    f"ns_coefficients {triples[0]}, ... diverge: from {start / 200} to more than {_LARGEST}"
+                )
+    return triples
 
 
 def _triple(row: object) -> Triple:

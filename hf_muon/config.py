@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,8 @@ class MuonConfig:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(isinstance(pattern, str) for pattern in value):
+            value = (value,) if isinstance(value, str) else value
+            if not all(isinstance(pattern, str) for pattern in value):
                 raise ValueError(f"{name} must be a sequence of name patterns, got {value!r}")
             object.__setattr__(self, name, tuple(value))
 
@@ -91,6 +92,23 @@ class MuonConfig:
     def keys(cls) -> tuple[str, ...]:
         """The valid ``optim_args`` keys."""
         return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def merged(cls, config: MuonConfig | None, overrides: Mapping[str, Any]) -> MuonConfig:
+        """``config`` (or the defaults) with some fields overridden.
+
+        Raises:
+            TypeError: ``config`` is something else.
+            ValueError: an unknown field, or a value that is refused.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(
+                f"config must be a MuonConfig, got {config!r}; MuonConfig.from_optim_args reads a key=value string"
+            )
+        unknown = sorted(set(overrides) - set(cls.keys()))
+        if unknown:
+            raise ValueError(f"unknown Muon options {unknown}; valid: {', '.join(cls.keys())}")
+        return replace(config or cls(), **overrides)
 
     @classmethod
     def from_strings(cls, values: Mapping[str, str]) -> MuonConfig:
@@ -103,7 +121,10 @@ class MuonConfig:
         valid = cls.keys()
         for key, text in values.items():
             if key not in valid:
-                raise ValueError(f"unknown optim_args key {key!r}; valid keys: {', '.join(valid)}")
+                raise ValueError(
+                    f"unknown optim_args key {key!r}; valid keys: {', '.join(valid)} (learning rate, weight decay, betas "
+                    "and eps are TrainingArguments' own)"
+                )
             try:
                 parsed[key] = _PARSERS.get(key, str)(text)
             except ValueError as error:
@@ -117,6 +138,10 @@ class MuonConfig:
         Raises:
             ValueError: a pair without ``=``, a key given twice, and all that :meth:`from_strings` refuses.
         """
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f'optim_args must be one string "key=value,key=value", got a {type(text).__name__}: {text!r}'
+            )
         pairs: dict[str, str] = {}
         for item in "".join((text or "").split()).split(","):
             key, equals, value = item.partition("=")
@@ -124,7 +149,8 @@ class MuonConfig:
                 continue
             if not key or not equals or not value or "=" in value:
                 raise ValueError(
-                    f"malformed optim_args {text!r}: {item!r} is not key=value; valid keys: {', '.join(cls.keys())}"
+                    f"malformed optim_args {text!r}: {item!r} is not key=value; valid keys: {', '.join(cls.keys())} "
+                    "(inside a value, ';' joins patterns or steps and '/' the three coefficients of a step)"
                 )
             if key in pairs:
                 raise ValueError(f"optim_args gives {key!r} twice: {text!r}")

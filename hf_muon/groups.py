@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -36,7 +35,7 @@ def param_groups(
     """
     # What nobody asked for stays out of the groups, so that arguments of the optimizer itself are not overruled.
     asked = UPDATE_KEYS if config is not None else tuple(key for key in UPDATE_KEYS if key in overrides)
-    config = replace(config or MuonConfig(), **overrides)
+    config = MuonConfig.merged(config, overrides)
     routes = route(model, config)
     _check_partition(model, routes)
     decayed = [_has_decay(r, config) for r in routes]

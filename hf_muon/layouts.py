@@ -44,7 +44,8 @@ class Place:
 
     def up(self, levels: int) -> Place:
         """The module ``levels`` above as if it were the parameter: its name, and the modules above it."""
-        return Place(".".join(self.parts[:-levels]), self.shape, self.path[:-levels])
+        # A model that is one bare layer has nothing above it.
+        return Place(".".join(self.parts[:-levels]), self.shape, self.path[:-levels] or self.path[:1])
 
     def site(self, outputs: int, inputs: int) -> Site:
         """The owners of this place, through wrappers that hold no other matrix, for the rules of fused weights."""

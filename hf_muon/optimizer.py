@@ -217,6 +217,9 @@ class Muon(Optimizer):
         if not hasattr(self, "telemetry"):
             self.telemetry = Telemetry()
 
+    def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        return list(zip(self.param_groups, state_dict["param_groups"], strict=True))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, bit for bit.
 
@@ -228,9 +231,12 @@ class Muon(Optimizer):
         """
         checks.check_state_dict(self.param_groups, state_dict)
         present = [{k: group[k] for k in checks.STRUCTURE[1:] if k in group} for group in self.param_groups]
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        pairs = self._pairs(state_dict)
         for text in dict.fromkeys(d for ours, saved in pairs for d in checks.differences(ours, saved)):
             logger.warning("the checkpoint's setting wins over this run's: %s", text)
+        if any(ours.get("matrices") != saved.get("matrices") for ours, saved in pairs):
+            # Momentum is elementwise, so it stays valid.
+            logger.warning("this checkpoint was made with fused weights cut into other matrices; today's cuts are used")
         super().load_state_dict(state_dict)
         for group, structure in zip(self.param_groups, present, strict=True):
             group.update(structure)

@@ -26,7 +26,7 @@ class Row:
     example: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What :func:`hf_muon.explain` found; ``str()`` is the whole table."""
 
@@ -85,6 +85,10 @@ class Report:
             return "  ".join(cells).rstrip()
 
         return "\n".join(map(aligned, lines))
+
+    def __repr__(self) -> str:
+        # In a notebook the table has just been printed.
+        return f"<Report: {self.summary()}>"
 
     def __str__(self) -> str:
         return f"{self.table()}\n{self.summary()}"

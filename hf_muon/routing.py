@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TextIO
 
@@ -25,7 +25,10 @@ from .roles import Roles, embeddings, heads, is_convolution
 
 __all__ = ["Report", "Route", "explain", "route"]
 
-_REMEDY = "put its name into include (Muon trains it as one matrix) or exclude (AdamW trains it)"
+_REMEDY = (
+    "put its name into include (Muon trains it as one matrix, or one per leading index) or exclude (AdamW trains it), or "
+    "set split_fused=false (no fused weight is cut)"
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Route:
     """Where one parameter goes, and why."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter = field(repr=False)
     algorithm: str
     """``muon`` or ``adamw``."""
     kind: str
@@ -52,7 +55,9 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> list[Route]:
         ValueError: no trainable or no Muon parameter; one that is not floating or is quantized; a fused weight or a
             stack of matrices whose layout is unknown; include or exclude patterns that match nothing or contradict.
     """
-    config = config or MuonConfig()
+    config = MuonConfig.merged(config, {})
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model (nn.Module) is routed, got a {type(model).__name__}")
     places, tied, parameters = _places(model)
     if not places:
         raise ValueError(
@@ -67,7 +72,8 @@ def route(model: nn.Module, config: MuonConfig | None = None) -> list[Route]:
         try:
             found = _decide(place, parameter, inputs, outputs, config, overrides.get(name))
         except ValueError as error:
-            raise ValueError(f"{name} {list(place.shape)}: {error}; {_REMEDY}") from error
+            remedy = "drop it from include" if overrides.get(name) else _REMEDY
+            raise ValueError(f"{name} {list(place.shape)}: {error}; {remedy}") from error
         routes.append(Route(name, parameter, "muon" if found[2] else "adamw", *found, tied[name]))
     if not any(r.algorithm == "muon" for r in routes):
         raise ValueError(
@@ -88,7 +94,7 @@ def explain(
         file: where to print; default standard output.
         **overrides: fields of :class:`MuonConfig` by name; they win over ``config``.
     """
-    report = Report(tuple(route(model, replace(config or MuonConfig(), **overrides))))
+    report = Report(tuple(route(model, MuonConfig.merged(config, overrides))))
     print(report, file=file or sys.stdout)
     return report
 
@@ -225,8 +231,10 @@ def _overrides(config: MuonConfig, names: dict[str, tuple[str, ...]]) -> dict[st
         for pattern in patterns:
             hits = [first for first, all_names in names.items() if any(fnmatchcase(n, pattern) for n in all_names)]
             if not hits:
-                raise ValueError(f"{option} pattern {pattern!r} matches no trainable parameter; names look like "
-                                 f"{next(iter(names))!r}")  # fmt: skip
+                raise ValueError(
+                    f"{option} pattern {pattern!r} matches no trainable parameter: patterns are shell globs over the "
+                    f"whole name, e.g. '*q_proj*'; names look like {next(iter(names))!r}"
+                )
             for name in hits:
                 if found.setdefault(name, option) != option:
                     raise ValueError(f"{name} is matched by include and by exclude ({pattern!r}): drop it from one")

@@ -28,6 +28,8 @@ def test_options_change_the_routing(data, capsys):
         (["CONFIG", "--optim-args", "momentun=1"], "valid keys: momentum"),
         (["CONFIG", "--optim-args", "exclude=nothing.*"], "matches no trainable parameter"),
         (["CONFIG", "--architecture", "NoSuchModel"], "no class 'NoSuchModel'"),
+        (["CONFIG", "--architecture", "LlamaConfig"], "no class 'LlamaConfig' that is a model"),
+        (["CONFIG", "--architecture", "BertModel"], "built from a BertConfig, not a DeepseekV3Config"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_to_do(data, capsys, argv, message):

@@ -54,6 +54,7 @@ def test_user_schedules():
         ([(1, 2, 3)] * 4, 5, "ns_steps must be 4"),
         ([(1, 2)] * 5, 5, r"three coefficients"),
         ((1.0, math.nan, 0.0), 5, "finite"),
+        ((1, 2, 3), 5, "diverge"),
         ("moonlight", 0, ">= 1"),
         ("moonlight", 2.0, ">= 1"),
         ("moonlight", True, ">= 1"),

@@ -1,4 +1,4 @@
-"""TRL's own SFT script, which nobody edited, started with ``optim="muon"`` by ``accelerate launch``."""
+"""TRL's own SFT script, which nobody edited, started with ``optim="muon"`` by ``accelerate launch`` and torchrun."""
 
 import json
 import os
@@ -21,10 +21,13 @@ def test_accelerate_launch_of_trl_sft(tmp_path, processes):
     rows.mkdir()
     messages = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "1 2 3"}]
     (rows / "train.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for _ in range(16)))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={processes}"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1"]
-    command += ["--main_process_port=0"] if processes > 1 else []
-    command += ["-m", "hf_muon.run", "trl.scripts.sft", "--optim", "muon", "--optim_args", "momentum=0.9"]
+    # accelerate starts several CPU processes only through MPI; torchrun does it everywhere.
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+    launcher += ["--dynamo_backend=no", "--num_cpu_threads_per_process=1", "-m"]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    command = [sys.executable, "-m", *launcher]
+    command += ["hf_muon.run", "trl.scripts.sft", "--optim", "muon", "--optim_args", "momentum=0.9"]
     command += ["--model_name_or_path", str(model), "--dataset_name", str(rows), "--output_dir", str(out)]
     command += ["--max_steps=2", "--per_device_train_batch_size=2", "--logging_steps=1", "--use_cpu", "--bf16=false"]
     command += ["--max_length=64", "--report_to=none", "--save_steps=2"]
@@ -37,4 +40,6 @@ def test_accelerate_launch_of_trl_sft(tmp_path, processes):
         and done.stderr.count("trainable parameters: Muon") == 1
     )
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    # 16 rows, 2 per process and step: what two steps are of an epoch tells how many processes there were.
+    assert state["epoch"] == pytest.approx(2 * 2 * processes / 16)
     assert [x["muon/update_rms"] > 0 for x in state["log_history"] if "loss" in x] == [True, True]

@@ -499,12 +499,30 @@ def test_resuming_with_other_options_keeps_todays_matrices_and_says_what_differs
     new.load_state_dict(old.state_dict())
     assert new.param_groups[0]["matrices"] == [MatrixLayout((8, 4), sizes=(4, 4)).key()]
     assert new.param_groups[0]["momentum"] == 0.9
-    assert "momentum=0.9 (not 0.5)" in caplog.text and "matrices of fused weights" in caplog.text
+    assert "momentum=0.9 (not 0.5)" in caplog.text and "cut into other matrices" in caplog.text
     broken = old.state_dict()
     broken["param_groups"][0] = {**broken["param_groups"][0], "momentum": 7}
     with pytest.raises(ValueError, match="momentum"):
         new.load_state_dict(broken)
     assert new.param_groups[0]["momentum"] == 0.9
+
+
+def test_a_learning_rate_that_a_checkpoint_overrules_is_named(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("hf_muon"), "propagate", True)
+    old, new = Muon([_param(4, 4)], lr=1e-3), Muon([_param(4, 4)], lr=5e-4)
+    torch.optim.lr_scheduler.LambdaLR(old, lambda step: 0.5)
+    new.load_state_dict(old.state_dict())
+    assert "muon learning rate 0.001 (not 0.0005)" in caplog.text
+
+
+def test_float16_weights_are_warned_about(caplog, monkeypatch):
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("hf_muon"), "propagate", True)
+    Muon([("w", _param(4, 4, dtype=torch.float16))])
+    assert "w (and 0 more) has float16 weights" in caplog.text
 
 
 def test_a_refused_group_is_not_half_added():

@@ -137,7 +137,7 @@ def test_a_later_patch_of_another_library_survives_unregister(monkeypatch):
 
 def test_every_option_reaches_the_optimizer_by_name(tmp_path):
     text = (
-        "momentum=0.8,nesterov=false,ns_steps=6,ns_coefficients=3/-4/2,ns_dtype=float32,adjust_lr_fn=original,"
+        "momentum=0.8,nesterov=false,ns_steps=6,ns_coefficients=2/-1.5/0.5,ns_dtype=float32,adjust_lr_fn=original,"
         "update_rms=0.3,muon_lr=1e-2,adamw_lr=2e-3,decay_norms_and_biases=false"
     )
     args = _args(tmp_path, optim="muon", optim_args=text, weight_decay=0.07)
@@ -182,6 +182,9 @@ def test_optim_args_reach_the_config():
     [
         ("momentun=0.9", "unknown optim_args key 'momentun'.*momentum, nesterov"),
         ("momentum", "'momentum' is not key=value; valid keys: momentum"),
+        ({"momentum": 0.9}, "must be one string.*got a dict"),
+        ("lr=0.1", "TrainingArguments' own"),
+        ("ns_coefficients=1/2/3", "diverge"),
         ("momentum=0.9,", "malformed"),
         ("momentum=", "malformed"),
         ("momentum=a=b", "malformed"),

@@ -469,3 +469,25 @@ def test_a_class_name_does_not_make_a_linear_a_norm():
 
     model = torch.nn.Sequential(NormHeadLinear(8, 8), torch.nn.Linear(8, 8))
     assert {r.algorithm for r in route(model) if r.parameter.ndim == 2} == {"muon"}
+
+
+def test_a_bare_layer_and_its_report():
+    model = torch.nn.Linear(8, 16)
+    report = explain(model)
+    assert repr(report).startswith("<Report: 144 trainable parameters") and len(repr(report)) < 200
+    assert [g["algorithm"] for g in param_groups(model)] == ["muon", "adamw"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: explain(m, "exclude=*q_proj*"), TypeError, "from_optim_args"),
+        (lambda m: param_groups(m, momentun=0.9), ValueError, "valid: momentum"),
+        (lambda m: param_groups(list(m.parameters())), TypeError, "got a list"),
+        (lambda m: param_groups(m, exclude="q_proj"), ValueError, "shell globs"),
+        (lambda m: param_groups(m, include="*norm*"), ValueError, "drop it from include"),
+    ],
+)
+def test_mistakes_in_the_python_api_say_what_to_do(call, error, message):
+    with pytest.raises(error, match=message):
+        call(tiny.qwen2())

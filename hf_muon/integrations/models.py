@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import transformers
@@ -27,10 +28,13 @@ def on_meta(source: str, architecture: str | None = None, *, trust_remote_code: 
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     name = architecture or next(iter(getattr(config, "architectures", None) or []), None)
     # A remote checkpoint may name a class that only its own code defines; transformers' native one serves then.
-    cls = getattr(transformers, name, None) if name else None
-    if architecture and cls is None:
-        raise ValueError(f"transformers {transformers.__version__} has no class {architecture!r}")
+    cls: Any = getattr(transformers, name, None) if name else None
+    is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+    if architecture and not is_model:
+        raise ValueError(f"transformers {transformers.__version__} has no class {architecture!r} that is a model")
+    if architecture and not isinstance(config, cls.config_class):
+        raise ValueError(f"{architecture} is built from a {cls.config_class.__name__}, not a {type(config).__name__}")
     with torch.device("meta"):
-        if cls is not None:
+        if is_model:
             return cls._from_config(config)
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -16,7 +16,6 @@ from ..routing import Report, route
 
 logger = logging.getLogger("hf_muon")
 
-_CONFIG_KEYS = frozenset(MuonConfig.keys())
 _MAX_WRAPPERS = 4  # accelerate's, an engine's, and some to spare; a wrapper that wraps itself must not hang a log
 
 
@@ -37,10 +36,7 @@ class MuonFactory:
         **options: Any,
     ) -> Muon:
         """The optimizer for ``model``; see the class."""
-        unknown = sorted(set(options) - _CONFIG_KEYS)
-        if unknown:
-            raise ValueError(f"unknown Muon options {unknown}; valid: {', '.join(MuonConfig.keys())}")
-        config = MuonConfig(**options)
+        config = MuonConfig.merged(None, options)
         refuse_unsupported_engine()
         optimizer = Muon(
             param_groups(model, config, lr=lr, weight_decay=weight_decay),
