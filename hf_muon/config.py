@@ -122,8 +122,8 @@ class MuonConfig:
         for key, text in values.items():
             if key not in valid:
                 raise ValueError(
-                    f"unknown optim_args key {key!r}; valid keys: {', '.join(valid)} (learning rate, weight decay, betas "
-                    "and eps are TrainingArguments' own)"
+                    f"unknown optim_args key {key!r}; valid keys: {', '.join(valid)} (learning rate, weight decay, "
+                    "betas and eps are TrainingArguments' own)"
                 )
             try:
                 parsed[key] = _PARSERS.get(key, str)(text)
@@ -139,9 +139,7 @@ class MuonConfig:
             ValueError: a pair without ``=``, a key given twice, and all that :meth:`from_strings` refuses.
         """
         if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f'optim_args must be one string "key=value,key=value", got a {type(text).__name__}: {text!r}'
-            )
+            raise ValueError(f'optim_args must be one string "key=value,...", got a {type(text).__name__}: {text!r}')
         pairs: dict[str, str] = {}
         for item in "".join((text or "").split()).split(","):
             key, equals, value = item.partition("=")

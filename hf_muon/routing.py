@@ -26,7 +26,7 @@ from .roles import Roles, embeddings, heads, is_convolution
 __all__ = ["Report", "Route", "explain", "route"]
 
 _REMEDY = (
-    "put its name into include (Muon trains it as one matrix, or one per leading index) or exclude (AdamW trains it), or "
+    "put its name into include (Muon trains it as one matrix, or one per leading index) or exclude (AdamW's), or "
     "set split_fused=false (no fused weight is cut)"
 )
 
