@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 from .layouts import shape_of
-
-if TYPE_CHECKING:
-    from .routing import Route
+from .routes import Route
 
 
 @dataclass(frozen=True)

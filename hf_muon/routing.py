@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TextIO
 
@@ -22,6 +21,7 @@ from .layouts import Options, Place, cut_layout, module_layout, raw_layout, shap
 from .matrices import MatrixLayout
 from .report import Report
 from .roles import Roles, embeddings, heads, is_convolution
+from .routes import Route
 
 __all__ = ["Report", "Route", "explain", "route"]
 
@@ -29,23 +29,6 @@ _REMEDY = (
     "put its name into include (Muon trains it as one matrix, or one per leading index) or exclude (AdamW's), or "
     "set split_fused=false (no fused weight is cut)"
 )
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where one parameter goes, and why."""
-
-    name: str
-    parameter: nn.Parameter = field(repr=False)
-    algorithm: str
-    """``muon`` or ``adamw``."""
-    kind: str
-    """What it is, for reports and logs: attention, mlp, experts, router, ... or embedding, head, norm, bias, ..."""
-    reason: str
-    layout: MatrixLayout | None
-    """The matrices in it; ``None`` under AdamW."""
-    tied: tuple[str, ...] = ()
-    """Other names of the same parameter."""
 
 
 def route(model: nn.Module, config: MuonConfig | None = None) -> list[Route]:

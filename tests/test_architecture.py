@@ -18,6 +18,7 @@ LEVELS = {
     "roles": 2,
     "fused": 3,
     "layouts": 4,
+    "routes": 4,
     "checks": 2,
     "exchange": 3,
     "routing": 6,
@@ -41,16 +42,7 @@ def _room(path: Path) -> str:
 def _imports(path: Path):
     """(absolute first name or None, room of the package or None) of every import in a file."""
     inside = path.relative_to(PACKAGE.parent).with_suffix("").parts[:-1]
-    tree = ast.parse(path.read_text())
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
