@@ -42,9 +42,10 @@ def param_groups(
     muon = [r for r in routes if r.algorithm == "muon"]
     adamw = [r for r, d in zip(routes, decayed, strict=True) if r.algorithm == "adamw" and d]
     plain = [r for r, d in zip(routes, decayed, strict=True) if r.algorithm == "adamw" and not d]
+    hidden_size = _hidden_size(model)
     matrices: dict[str, Any] = {
         "matrices": [r.layout.key() for r in muon if r.layout is not None],
-        "hidden_size": _hidden_size(model),
+        **({} if hidden_size is None else {"hidden_size": hidden_size}),
         **{key: getattr(config, key) for key in asked},
     }
     # Few groups: DeepSpeed flattens and partitions each group on its own.
