@@ -20,3 +20,7 @@ def test_every_file_it_names_exists():
     names = re.findall(r"(?:scripts|recipes|docs|tests|hf_muon)/[\w./-]+\.\w+", README)
     assert len(names) > 5
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_no_placeholder_is_left():
+    assert not re.search(r"\b[A-Z]{4,}_[A-Z]{4,}\b", README)
