@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .config import SCALE_ALIASES
+
 
 def accumulate_(momentum_buffer: Tensor, grad: Tensor, momentum: float) -> None:
     """Equation (1): ``M <- mu M + G``. A sum, not an average; ``grad`` may be of lower precision."""
@@ -36,7 +38,8 @@ def scale_(
     * ``original``: ``sqrt(max(1, A / B))``, without ``update_rms``.
     """
     a, b = shape
-    if adjust_lr_fn in ("sqrt_max_dims", "match_rms_adamw"):
+    adjust_lr_fn = SCALE_ALIASES.get(adjust_lr_fn, adjust_lr_fn)
+    if adjust_lr_fn == "sqrt_max_dims":
         return stack.mul_(update_rms * math.sqrt(max(a, b)))
     if adjust_lr_fn == "original":
         return stack.mul_(math.sqrt(max(1.0, a / max(b, 1))))

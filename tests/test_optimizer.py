@@ -530,3 +530,40 @@ def test_a_refused_group_is_not_half_added():
     with pytest.raises(ValueError, match="not a matrix"):
         optimizer.add_param_group({"params": [_param(3)]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_loaded_state_is_a_copy():
+    p = _param(4, 4, dtype=torch.bfloat16)
+    saver, loader = Muon([p]), Muon([_param(4, 4, dtype=torch.bfloat16)])
+    _grads([p], 0)
+    saver.step()
+    state = saver.state_dict()
+    before = state["state"][0]["momentum_buffer"].clone()
+    loader.load_state_dict(state)
+    _grads(loader.param_groups[0]["params"], 1)
+    loader.step()
+    assert torch.equal(state["state"][0]["momentum_buffer"], before)
+
+
+def test_weights_of_one_logical_shape_stored_both_ways_are_not_stacked_together():
+    # Both are [64, 16] matrices, one stored as [16, 64]; each must come out as if it were alone.
+    for options in ({"adjust_lr_fn": "original"}, {}):
+        plain, stored = _param(64, 16), _param(16, 64, seed=1)
+        layouts = [MatrixLayout((64, 16)).key(), MatrixLayout((16, 64), transposed=True).key()]
+        together = Muon([{"params": [plain, stored], "matrices": layouts}], ns_dtype="float32", **options)
+        alone = [torch.nn.Parameter(p.detach().clone()) for p in (plain, stored)]
+        _grads([plain, stored], 2)
+        for p, copy_, layout in zip((plain, stored), alone, layouts, strict=True):
+            copy_.grad = p.grad.clone()
+            Muon([{"params": [copy_], "matrices": [layout]}], ns_dtype="float32", **options).step()
+        together.step()
+        assert all(torch.equal(p, q) for p, q in zip((plain, stored), alone, strict=True))
+
+
+def test_batches_are_bounded_and_lose_nothing(monkeypatch):
+    from hf_muon.exchange import local
+
+    pieces = [x for seed in range(5) for x in local.pieces(*[torch.zeros(4, 8)] * 3, MatrixLayout((4, 8)), f"k{seed}")]
+    monkeypatch.setattr(local, "BATCH_ELEMENTS", 2 * 32)
+    sizes = [[x.kind for x in batch] for batch in local.batches(pieces)]
+    assert sizes == [["k0", "k1"], ["k2", "k3"], ["k4"]]

@@ -16,21 +16,8 @@ from . import tiny
 
 def make(tmp_path, model=None, cls=Trainer, data=None, eval_data=None, **options):
     """A Trainer on the tiny model; five steps of four rows unless told otherwise."""
-    defaults = dict(
-        output_dir=str(tmp_path),
-        optim="muon",
-        learning_rate=2e-3,
-        weight_decay=0.1,
-        max_steps=5,
-        per_device_train_batch_size=4,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=7,
-    )
-    args = TrainingArguments(**{**defaults, **options})
+    defaults = dict(weight_decay=0.1, max_steps=5, per_device_train_batch_size=4, seed=7)
+    args = TrainingArguments(**tiny.arguments(tmp_path, **{**defaults, **options}))
     return cls(model=model or tiny.qwen2(), args=args, train_dataset=data or tiny.tokens(), eval_dataset=eval_data)
 
 

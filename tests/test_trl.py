@@ -14,20 +14,8 @@ GOOD, BAD = ([{"role": "assistant", "content": text}] for text in ("1 2 3", "no"
 
 
 def _options(tmp_path):
-    return dict(
-        output_dir=str(tmp_path),
-        optim="muon",
-        optim_args="muon_lr=2e-3",
-        learning_rate=1e-3,
-        max_steps=1,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    options = dict(max_steps=1, per_device_train_batch_size=2, bf16=False)
+    return tiny.arguments(tmp_path, optim_args="muon_lr=2e-3", learning_rate=1e-3, **options)
 
 
 def _train(trainer):

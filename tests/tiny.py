@@ -50,6 +50,21 @@ def qwen2(seed=0, **changes) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config(**changes))
 
 
+def arguments(out, **changes) -> dict:
+    """Keywords for any TrainingArguments: a few quiet steps of Muon on the CPU, logged one by one."""
+    options = dict(
+        output_dir=str(out),
+        optim="muon",
+        learning_rate=2e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return {**options, **changes}
+
+
 def tokens(rows=64, length=16, seed=0) -> list[dict[str, list[int]]]:
     """Learnable sequences: arithmetic progressions modulo the byte range."""
     rng = random.Random(seed)
