@@ -38,6 +38,8 @@ def train_and_report(trainer: Trainer) -> None:
         trainer.save_metrics("eval", {"eval_loss_before": before, "eval_loss": after})
         say(f"held-out loss: {before:.4f} before training, {after:.4f} after {max(losses)} steps")
     say(f"saved to {args.output_dir}")
+    # No rank may take the process group down while another still talks to it.
+    trainer.accelerator.wait_for_everyone()
     # Closes trackers and the process group: without it a distributed run can abort when Python exits.
     trainer.end()
 
