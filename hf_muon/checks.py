@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .coefficients import schedule
 from .config import NS_DTYPES, SCALE_ALIASES, SCALES
@@ -33,6 +34,13 @@ def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) < high:
         raise ValueError(f"{name} must be a number in [{low}, {high}), got {value!r}")
     return float(value)
+
+
+def positive_int(name: str, value: Any) -> int:
+    """``value`` if it is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
 
 
 def ns_dtype_name(value: str | torch.dtype) -> str:
@@ -93,10 +101,10 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             len(half) - 1,
         )
     for name, p in zip(names(group), group["params"], strict=True):
-        if type(p) not in (torch.nn.Parameter, Tensor):
+        if type(p) not in (torch.nn.Parameter, Tensor) and not isinstance(p, DTensor):
             raise ValueError(
-                f"{name} is a {type(p).__name__}, and this version trains plain tensors only: sharded weights (FSDP2, "
-                "tensor parallelism) are not served, quantized ones must be frozen or converted"
+                f"{name} is a {type(p).__name__}, and only plain tensors and FSDP2's DTensors are trained: quantized "
+                "weights must be frozen or converted"
             )
         if p.dtype not in FLOATS:
             raise ValueError(
@@ -113,22 +121,12 @@ def check_parameters(group: Mapping[str, Any]) -> None:
             raise ValueError(f"group has {len(group['params'])} parameters but {len(group[key])} entries in {key!r}")
 
 
-def check_storage(group: Mapping[str, Any], layouts: list[MatrixLayout]) -> None:
-    """Each parameter is stored whole, as its layout says. Run at every step: engines replace parameters later."""
-    if len(layouts) != len(group["params"]):
-        raise RuntimeError(
-            f"a muon group described {len(layouts)} parameters and now holds {len(group['params'])}: {_ENGINE_HELP}"
-        )
-    for name, p, layout in zip(names(group), group["params"], layouts, strict=True):
-        if type(p) not in (torch.nn.Parameter, Tensor) or tuple(p.shape) != layout.shape:
-            kind = f"{type(p).__name__} of shape {list(p.shape)}"
-            raise RuntimeError(f"{name} was routed as {list(layout.shape)} but is now a {kind}: {_ENGINE_HELP}")
-
-
-_ENGINE_HELP = (
-    "a distributed engine has re-laid the parameters out, and this version of hf_muon serves one process and DDP only. "
-    "Remedy: run without DeepSpeed or FSDP, or use another optimizer; nothing has been changed"
-)
+def check_layouts(group: Mapping[str, Any]) -> None:
+    """At construction: each parameter has the shape that its matrices were read from (engines may replace it later)."""
+    for name, p, key in zip(names(group), group["params"], group.get("matrices", ()), strict=False):
+        shape = MatrixLayout.of(key).shape
+        if tuple(getattr(p, "ds_shape", p.shape)) != shape:
+            raise ValueError(f"{name} has shape {list(p.shape)}, but its matrices were described for {list(shape)}")
 
 
 def check_gradient(name: str, param: Tensor, grad: Tensor) -> None:

@@ -68,6 +68,11 @@ class MuonConfig:
     exclude: tuple[str, ...] = ()
     """``fnmatch`` patterns of parameter names that AdamW must train; joined by ``;``."""
 
+    share_newton_schulz: bool = True
+    """Under DDP, orthogonalize each matrix on one rank and gather the updates; false repeats the work on every rank."""
+    exchange_bytes: int = 2**27
+    """Matrices of at most this many bytes are orthogonalized at a time on a rank; bounds a step's transient memory."""
+
     def __post_init__(self) -> None:
         _check_number("momentum", self.momentum, 0.0, 1.0, open_end=True)
         _check_number("update_rms", self.update_rms, 0.0, math.inf, open_start=True, open_end=True)
@@ -78,7 +83,9 @@ class MuonConfig:
         _check_choice("ns_dtype", self.ns_dtype, tuple(NS_DTYPES))
         _check_choice("adjust_lr_fn", self.adjust_lr_fn, (*SCALES, *SCALE_ALIASES))
         _check_choice("lora", self.lora, LORA_FACTORS)
-        for name in ("nesterov", "decay_norms_and_biases", "split_fused", "per_head"):
+        if isinstance(self.exchange_bytes, bool) or not isinstance(self.exchange_bytes, int) or self.exchange_bytes < 1:
+            raise ValueError(f"exchange_bytes must be a positive integer, got {self.exchange_bytes!r}")
+        for name in ("nesterov", "decay_norms_and_biases", "split_fused", "per_head", "share_newton_schulz"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
@@ -202,6 +209,8 @@ _PARSERS: dict[str, Any] = {
     "decay_norms_and_biases": _bool,
     "split_fused": _bool,
     "per_head": _bool,
+    "share_newton_schulz": _bool,
+    "exchange_bytes": int,
     "include": _patterns,
     "exclude": _patterns,
 }

@@ -107,6 +107,31 @@ class MatrixLayout:
             out.append((self.count * heads, length, cols) if self.dim == 0 else (self.count * heads, rows, length))
         return out
 
+    def slabs(self) -> tuple[Slab, ...]:
+        """The parameter as consecutive runs of elements that each hold whole matrices, as few in each as possible.
+
+        A slab is what can be orthogonalized without the rest of the parameter: one expert's gate, the rows of q, one
+        group of a convolution. Matrices whose elements interleave share a slab.
+        """
+        rows, cols = self._rows_cols()
+        sizes = self.sizes or (rows,)
+        if self.dim == 1 or self.blocks > 1:
+            whole = MatrixLayout((rows, cols), 0, 1, self.dim, self.blocks, self.sizes, self.heads, self.transposed)
+            parts = [(rows * cols, whole)]
+        else:
+            heads = self.heads or (1,) * len(sizes)
+            parts = [
+                (size // h * cols, MatrixLayout((size // h, cols), transposed=self.transposed))
+                for size, h in zip(sizes, heads, strict=True)
+                for _ in range(h)
+            ]
+        out, start = [], 0
+        for _ in range(self.count):
+            for numel, layout in parts:
+                out.append(Slab(start, start + numel, layout))
+                start += numel
+        return tuple(out)
+
     def pieces(self, tensor: Tensor) -> list[Tensor]:
         """One strided view of ``tensor`` per piece, for any strides; writing to a view writes to ``tensor``."""
         if tuple(tensor.shape) != self.shape:
@@ -143,6 +168,15 @@ class MatrixLayout:
     def of(key: Sequence[object]) -> MatrixLayout:
         """The layout of a :meth:`key`, lists accepted for tuples (a key that went through JSON)."""
         return _layout(tuple(tuple(v) if isinstance(v, list) else v for v in key))
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Elements ``[start, stop)`` of a flattened parameter, and the matrices in them (a 2-D layout of their own)."""
+
+    start: int
+    stop: int
+    layout: MatrixLayout
 
 
 @cache

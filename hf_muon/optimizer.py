@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch.optim import Optimizer
 from . import checks, update
 from .coefficients import Coefficients
 from .config import NS_DTYPES
-from .exchange import local as exchange
+from .exchange import collectives
+from .exchange.exchange import Exchange, Stack
 from .matrices import MatrixLayout
 from .orthogonalize import newton_schulz
-from .telemetry import Telemetry
+from .telemetry import Record, Telemetry
+from .units import Unit, build, non_finite, ready
 
 logger = logging.getLogger("hf_muon")
 
@@ -42,6 +45,11 @@ class Muon(Optimizer):
         update_rms: the 0.2 above.
         hidden_size: H of ``adjust_lr_fn="sqrt_hidden_size"``.
         betas, eps: of the AdamW groups.
+        process_group: ranks that hold the same parameters and the same, already averaged, gradients (DDP):
+            Newton-Schulz is shared out over them and the updates are gathered. Sharded engines (DeepSpeed ZeRO, FSDP2)
+            are recognised by their tensors and need no group here.
+        exchange_bytes: matrices of at most this many bytes (in ``ns_dtype``) are orthogonalized at a time on a rank;
+            the transient memory of a step is a small multiple of it, whatever the size of the model.
 
     Raises:
         ValueError, TypeError: at construction, for any value outside its range, a tensor ``lr``, an empty group, a
@@ -71,6 +79,8 @@ class Muon(Optimizer):
         hidden_size: int | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        process_group: Any = None,
+        exchange_bytes: int = 2**27,
     ) -> None:
         defaults = dict(
             algorithm="muon",
@@ -88,6 +98,11 @@ class Muon(Optimizer):
             eps=eps,
         )
         self.telemetry = Telemetry()
+        self.process_group = process_group
+        self.exchange_bytes = checks.positive_int("exchange_bytes", exchange_bytes)
+        self._units: dict[tuple[int, ...], Unit] = {}
+        # Weakly: under FSDP2 these would keep the unsharded model alive.
+        self._whole: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
         super().__init__(params_or_groups, defaults)
         if not any(p.requires_grad for group in self.param_groups for p in group["params"]):
             raise ValueError("every parameter given to Muon is frozen (requires_grad=False): nothing would be trained")
@@ -102,105 +117,127 @@ class Muon(Optimizer):
             checks.check_parameters(group)
             if group["algorithm"] == "muon":
                 group.setdefault("matrices", [MatrixLayout(tuple(p.shape)).key() for p in group["params"]])
-                checks.check_storage(group, _layouts(group))
+            checks.check_layouts(group)
+            self._whole.update(zip(checks.names(group), group["params"], strict=True))
         except Exception:
             self.param_groups.pop()
             raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; ``p.grad`` is only read."""
+        """One update of every parameter that has a gradient; ``p.grad`` is only read.
+
+        On several ranks every one of them must call it, as often as the others.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._ready():
-            return loss
-        for group in self.param_groups:
-            if group["algorithm"] == "adamw":
-                self._step_adamw(group)
-                continue
-            lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
-            pieces = self._accumulate(group)  # storage: M <- mu M + G
-            for batch in exchange.batches(pieces):
-                slices = [update.direction(x.grad, x.momentum_buffer, mu, group["nesterov"]) for x in batch]
-                matrices = exchange.to_matrices(batch, slices)  # exchange: whole matrices
-                del slices
-                matrices = self._orthogonalize(matrices, batch[0].matrices[1:], group)  # compute: 0.2 sqrt(max(A, B)) O
-                for piece, change in exchange.to_storage(batch, matrices):  # exchange: where W is stored
-                    update.apply_(piece.param, change, lr, decay)  # storage: W <- W - lr (change + decay W)
-                    self.telemetry.record_update(piece.kind, change)
+        for unit in self._prepare():
+            if unit.exchange is None:
+                self._step_adamw(unit)
+            else:
+                self._step_muon(unit, unit.exchange)
+            self._share(unit)
         return loss
 
-    @staticmethod
-    def _orthogonalize(matrices: Tensor, shape: tuple[int, int], group: dict[str, Any]) -> Tensor:
+    def _step_muon(self, unit: Unit, exchange: Exchange) -> None:
+        """Algorithm 1 of the paper: elementwise where slices are stored, Newton-Schulz where whole matrices are."""
+        group, record = unit.group, self.telemetry.record(unit.key)
+        lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
+        wire = torch.empty(0, dtype=NS_DTYPES[group["ns_dtype"]], device=unit.storage.device)
+        weights, momenta, grads = unit.weights(), self._momenta(unit), unit.grads
+        for i, grad in grads.items():
+            update.accumulate_(momenta[i], grad, mu)  # storage: M <- mu M + G
+        for turn in exchange.turns(grads):
+            # Rounded once, here, to what Newton-Schulz computes in: a slice that travels is the same as one that stays.
+            slices = [
+                update.direction(grads[i][a:b], momenta[i][a:b], mu, group["nesterov"]).to(wire)
+                for i, a, b in turn.slices
+            ]
+            stacks = turn.to_matrices(slices, wire)  # exchange: whole matrices, each on its owner
+            del slices
+            results = [self._orthogonalize(stack, group) for stack in stacks]  # compute: 0.2 sqrt(max(A, B)) O
+            del stacks
+            for (i, a, b), change in turn.to_storage(results, wire):  # exchange: where W is stored
+                change = change.to(weights[i].device)
+                update.apply_(weights[i][a:b], change, lr, decay)  # storage: W <- W - lr (change + decay W)
+                record.update(unit.kinds[i], change)
+        unit.storage.write_back(weights)
+
+    def _orthogonalize(self, stack: Stack, group: dict[str, Any]) -> Tensor:
+        self.telemetry.orthogonalized += len(stack.matrices)
         ortho = newton_schulz(
-            matrices,
+            stack.matrices,
             steps=group["ns_steps"],
             coefficients=group["ns_coefficients"],
             dtype=NS_DTYPES[group["ns_dtype"]],
         )
-        return update.scale_(ortho, shape, group["adjust_lr_fn"], group["update_rms"], group["hidden_size"])
+        return update.scale_(ortho, stack.shape, group["adjust_lr_fn"], group["update_rms"], group["hidden_size"])
 
-    def _ready(self) -> bool:
-        """Check everything before anything changes; false if the step must be skipped."""
-        grads: list[Tensor] = []
-        for group in self.param_groups:
-            # torch's chained schedulers end at -1e-21 where they mean 0, and AdamW takes that too.
-            checks.number("lr", group["lr"], -1e-12)
-            if group["algorithm"] == "muon":
-                checks.check_storage(group, _layouts(group))
-            for name, p in zip(checks.names(group), group["params"], strict=True):
-                if p.grad is not None:
-                    checks.check_gradient(name, p, p.grad)
-                    grads.append(p.grad)
-        if not grads:
-            return False
-        self.telemetry.start_step(self.param_groups)
-        if checks.all_finite(grads):
-            return True
-        self._record_skip()
-        return False
+    def _prepare(self) -> list[Unit]:
+        """The units that this call must step, after every check; none if nothing may change."""
+        # DeepSpeed calls this group by group, and ZeRO-3 leaves the other groups empty meanwhile.
+        units = [self._unit(group) for group in self.param_groups if group["params"]]
+        any_gradient, finite = ready(units)
+        if not any_gradient:
+            return []
+        for unit in units:
+            unit.seen = True
+            rate = "muon/lr" if unit.exchange is not None else "muon/adamw_lr"
+            self.telemetry.start(unit.key, Record(unit.kinds, unit.weights(), (rate, unit.group["lr"])))
+        if finite:
+            return units
+        self.telemetry.record_skip(*non_finite(units))
+        for unit in units:
+            self._share(unit)
+        return []
 
-    def _record_skip(self) -> None:
-        """Count what was not finite, and name the first parameter."""
-        bad: list[str] = []
-        matrices = 0
-        for group in self.param_groups:
-            layouts = _layouts(group) if group["algorithm"] == "muon" else [None] * len(group["params"])
-            for name, p, layout in zip(checks.names(group), group["params"], layouts, strict=True):
-                if p.grad is not None and not checks.all_finite([p.grad]):
-                    bad.append(name)
-                    matrices += _non_finite_matrices(p.grad, layout) if layout is not None else 0
-        self.telemetry.record_skip(f"{len(bad)} gradients are not finite, the first of {bad[0]}", matrices)
+    def _share(self, unit: Unit) -> None:
+        storage = unit.storage
+        if storage.sharded:
+            self.telemetry.record(unit.key).share(lambda x: collectives.total(x, storage.group), storage.device)
+        unit.grads = {}
 
-    def _accumulate(self, group: dict[str, Any]) -> list[exchange.Piece]:
-        """Apply momentum where it is stored, and list the pieces whose matrices are now due."""
-        kinds = group.get("kinds") or ["matrix"] * len(group["params"])
-        out: list[exchange.Piece] = []
-        for p, layout, kind in zip(group["params"], _layouts(group), kinds, strict=True):
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if not state:
+    def _unit(self, group: dict[str, Any]) -> Unit:
+        """How ``group`` is stored now; recognised anew whenever its tensors are others than before."""
+        key = tuple(map(id, group["params"]))
+        if key not in self._units:
+            self._units[key] = build(group, self._whole, self.process_group, self._budget(group))
+        unit = self._units[key]
+        unit.group = group  # load_state_dict replaces the dict
+        return unit
+
+    def _budget(self, group: dict[str, Any]) -> int:
+        return max(1, self.exchange_bytes // NS_DTYPES[group.get("ns_dtype", "float32")].itemsize)
+
+    def _momenta(self, unit: Unit) -> dict[int, Tensor]:
+        """This rank's part of the momentum of each parameter of a unit, made where it is missing."""
+        holders = unit.storage.holders
+        for p in holders:
+            if p.grad is not None and "momentum_buffer" not in self.state[p]:
                 # At least float32 whatever the weights are: the sum form reaches 20 gradients at momentum 0.95, and
                 # in bfloat16 a new gradient of relative size 1/256 would be lost.
-                state["momentum_buffer"] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            update.accumulate_(state["momentum_buffer"], p.grad, group["momentum"])
-            out.extend(exchange.pieces(p, p.grad, state["momentum_buffer"], layout, kind))
-        return out
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(
+                    p, dtype=dtype, memory_format=torch.contiguous_format
+                )
+        buffers = [self.state[p].get("momentum_buffer") if p in self.state else None for p in holders]
+        return {i: m for i, m in enumerate(unit.storage.flat(buffers)) if m is not None}
 
-    def _step_adamw(self, group: dict[str, Any]) -> None:
-        params = [p for p in group["params"] if p.grad is not None]
+    def _step_adamw(self, unit: Unit) -> None:
+        storage, group = unit.storage, unit.group
+        params = [p for p in storage.holders if p.grad is not None]
+        grads = [p.grad for p in params if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32)  # bfloat16 cannot count past 256
                 self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         update.adamw_(
-            params,
-            [p.grad for p in params],
-            [self.state[p] for p in params],
+            [storage.local(p) for p in params],
+            [storage.local(grad) for grad in grads],
+            [{k: storage.local(v) for k, v in self.state[p].items()} for p in params],
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
@@ -209,13 +246,15 @@ class Muon(Optimizer):
 
     def metrics(self) -> dict[str, float]:
         """``muon/...`` numbers of the last step, for logging; see :meth:`hf_muon.telemetry.Telemetry.metrics`."""
-        return self.telemetry.metrics(self.param_groups)
+        return self.telemetry.metrics()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickling and ``copy.deepcopy`` carry only groups and state; counters start anew."""
         super().__setstate__(state)
         if not hasattr(self, "telemetry"):
             self.telemetry = Telemetry()
+            self.process_group, self.exchange_bytes = None, 2**27
+            self._units, self._whole = {}, WeakValueDictionary()
 
     def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         return list(zip(self.param_groups, state_dict["param_groups"], strict=True))
@@ -248,13 +287,3 @@ class Muon(Optimizer):
             saved = state_dict["state"].get(i, {}).get("momentum_buffer")
             if saved is not None and saved.dtype != p.dtype:
                 self.state[p]["momentum_buffer"] = saved.detach().to(device=p.device, copy=True)
-
-
-def _layouts(group: dict[str, Any]) -> list[MatrixLayout]:
-    return [MatrixLayout.of(key) for key in group["matrices"]]
-
-
-def _non_finite_matrices(grad: Tensor, layout: MatrixLayout) -> int:
-    """How many logical matrices of ``grad`` hold a NaN, an infinity or more than the momentum can sum."""
-    stacks = (layout.to_matrices(piece, i) for i, piece in enumerate(layout.pieces(grad)))
-    return sum(int((~(stack.abs() <= checks.LARGEST).flatten(1).all(dim=1)).sum()) for stack in stacks)

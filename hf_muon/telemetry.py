@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +12,73 @@ from torch import Tensor
 logger = logging.getLogger("hf_muon")
 
 
+class Record:
+    """The numbers of one step of one unit: sums that stay on the device until they are asked for."""
+
+    def __init__(self, kinds: Sequence[str], weights: Sequence[Tensor], rate: tuple[str, float]) -> None:
+        self.kinds = tuple(kinds)
+        self.weights = tuple(weights)
+        self.rate = rate
+        self._squares: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, int] = {}
+        self._shared: Tensor | None = None
+
+    def update(self, kind: str, change: Tensor) -> None:
+        """Add one scaled update, or a part of one (before the learning rate), to its kind."""
+        if change.numel():
+            self._squares.setdefault(kind, []).append(_norm(change).square())
+            self._counts[kind] = self._counts.get(kind, 0) + change.numel()
+
+    def forget_updates(self) -> None:
+        """Of a step that another part of the program then skipped."""
+        self._squares.clear()
+        self._counts.clear()
+        if self._shared is not None:
+            self._shared[:, :2] = 0
+
+    def share(self, total: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Sum over the ranks that hold the other parts, so that every rank shows the same numbers.
+
+        Done in the step, which all ranks take, and not when somebody asks: a rank that logs alone would wait for ever.
+        """
+        squares, counts = self.weight_squares()
+        table = [
+            [_sum(self._squares.get(kind, ()), device), self._counts.get(kind, 0), squares.get(kind, 0.0), counts[kind]]
+            for kind in sorted(set(self.kinds))
+        ]
+        flat = [torch.as_tensor(x, dtype=torch.float32, device=device) for row in table for x in row]
+        self._shared = total(torch.stack(flat)).view(-1, 4)
+        self._squares.clear()
+
+    def weight_squares(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Sums of squares of this rank's weights as they are now, and how many there are."""
+        squares: dict[str, Tensor] = {}
+        counts = dict.fromkeys(self.kinds, 0)
+        for kind, weight in zip(self.kinds, self.weights, strict=True):
+            if weight.numel():
+                square = _norm(weight.detach()).square()
+                squares[kind] = squares[kind] + square.to(squares[kind].device) if kind in squares else square
+                counts[kind] += weight.numel()
+        return squares, counts
+
+    def rows(self) -> dict[str, tuple[float, float, float, float]]:
+        """Per kind: sum of squares and count of the updates, and of the weights."""
+        kinds = sorted(set(self.kinds))
+        if self._shared is not None:
+            return {kind: tuple(row) for kind, row in zip(kinds, self._shared.tolist(), strict=True)}
+        squares, counts = self.weight_squares()
+        device = self.weights[0].device
+        sums = [_sum(self._squares.get(kind, ()), device) for kind in kinds]
+        sums += [_sum([squares[kind]] if kind in squares else (), device) for kind in kinds]
+        numbers = torch.stack(sums).tolist()
+        return {
+            kind: (numbers[i], self._counts.get(kind, 0), numbers[len(kinds) + i], counts[kind])
+            for i, kind in enumerate(kinds)
+        }
+
+
 class Telemetry:
-    """Collects device-side sums during a step; numbers leave the device only when :meth:`metrics` is called."""
+    """Collects the records of the last step, one per unit; engines step one unit after the other."""
 
     def __init__(self) -> None:
         self.skipped_steps = 0
@@ -22,82 +86,69 @@ class Telemetry:
         self.skipped_matrices = 0
         """Matrices whose gradient was not finite when the optimizer saw it, summed over those steps. Clipping by the
         global norm spreads one NaN to every gradient before that."""
-        self._squares: dict[str, list[Tensor]] = {}
-        self._counts: dict[str, int] = {}
-        self._rates: dict[str, float] = {}
+        self.orthogonalized = 0
+        """Matrices that this rank has orthogonalized in all steps."""
+        self._records: dict[Hashable, Record] = {}
 
-    def start_step(self, param_groups: Iterable[dict[str, Any]]) -> None:
-        """Forget the last step's updates, and note this step's learning rates.
+    def start(self, key: Hashable, record: Record) -> Record:
+        """Replace the record of a unit by that of the step that begins.
 
-        They are noted here because a scheduler has moved on by the time a Trainer logs.
+        Learning rates are noted here because a scheduler has moved on by the time a Trainer logs.
         """
-        self._squares.clear()
-        self._counts.clear()
-        self._rates.clear()
-        for group in param_groups:
-            key = "muon/lr" if group["algorithm"] == "muon" else "muon/adamw_lr"
-            self._rates.setdefault(key, group["lr"])
+        self._records[key] = record
+        return record
+
+    def record(self, key: Hashable) -> Record:
+        """The record of the step that a unit is in."""
+        return self._records[key]
 
     def record_skip(self, reason: str, matrices: int = 0) -> None:
         """Count a step that changed nothing; warn at the first, second, fourth, eighth, ... of them."""
-        self._squares.clear()
-        self._counts.clear()
+        for record in self._records.values():
+            record.forget_updates()
         self.skipped_steps += 1
         self.skipped_matrices += matrices
         if self.skipped_steps & (self.skipped_steps - 1) == 0:
             logger.warning("step skipped, nothing changed: %s (%d skipped so far)", reason, self.skipped_steps)
 
-    def record_update(self, kind: str, update: Tensor) -> None:
-        """Add one scaled update (before the learning rate) to its kind."""
-        self._squares.setdefault(kind, []).append(_norm(update).square())
-        self._counts[kind] = self._counts.get(kind, 0) + update.numel()
-
-    def metrics(self, param_groups: Iterable[dict[str, Any]]) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """``muon/...`` log entries for the last step; kinds are those of the routing report.
 
         ``muon/update_rms[/kind]`` is the RMS of what multiplies the learning rate (target 0.2), absent if the step was
-        skipped; ``muon/weight_rms[/kind]`` is that of the parameters as they are now, AdamW's included.
+        skipped; ``muon/weight_rms[/kind]`` is that of the parameters, AdamW's included. The same on every rank and
+        engine; nothing is communicated here.
         """
-        out = _rms_by_kind("muon/update_rms", _sums(self._squares), self._counts)
-        out.update(_rms_by_kind("muon/weight_rms", *_weights(param_groups)))
-        out.update(self._rates)
+        updates: dict[str, tuple[float, float]] = {}
+        weights: dict[str, tuple[float, float]] = {}
+        out: dict[str, float] = {}
+        for record in self._records.values():
+            for kind, (square, count, weight_square, weight_count) in record.rows().items():
+                updates[kind] = _plus(updates.get(kind), square, count)
+                weights[kind] = _plus(weights.get(kind), weight_square, weight_count)
+            out.setdefault(*record.rate)
+        rates = dict(out)
+        out = _rms_by_kind("muon/update_rms", updates) | _rms_by_kind("muon/weight_rms", weights) | rates
         out["muon/skipped_steps"] = self.skipped_steps
         out["muon/skipped_matrices"] = self.skipped_matrices
         return out
 
 
-def _weights(groups: Iterable[dict[str, Any]]) -> tuple[dict[str, float], dict[str, int]]:
-    squares: dict[str, list[Tensor]] = {}
-    counts: dict[str, int] = {}
-    for group in groups:
-        kinds = group.get("kinds") or [group["algorithm"]] * len(group["params"])
-        for kind, p in zip(kinds, group["params"], strict=True):
-            squares.setdefault(kind, []).append(_norm(p.detach()).square())
-            counts[kind] = counts.get(kind, 0) + p.numel()
-    return _sums(squares), counts
+def _plus(pair: tuple[float, float] | None, square: float, count: float) -> tuple[float, float]:
+    return (square, count) if pair is None else (pair[0] + square, pair[1] + count)
 
 
 def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).float()
 
 
-def _sums(values: dict[str, list[Tensor]]) -> dict[str, float]:
-    """Sums of scalars per key, with one transfer from each device rather than one per scalar."""
-    out = dict.fromkeys(values, 0.0)
-    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for key, scalars in values.items():
-        for scalar in scalars:
-            by_device.setdefault(scalar.device, []).append((key, scalar))
-    for pairs in by_device.values():
-        for (key, _), number in zip(pairs, torch.stack([scalar for _, scalar in pairs]).tolist(), strict=True):
-            out[key] += number
-    return out
+def _sum(scalars: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([s.to(device) for s in scalars]).sum() if scalars else torch.zeros((), device=device)
 
 
-def _rms_by_kind(prefix: str, squares: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
-    total = sum(counts.values())
+def _rms_by_kind(prefix: str, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+    total = sum(count for _, count in sums.values())
     if not total:
         return {}
-    out = {prefix: math.sqrt(sum(squares.values()) / total)}
-    out.update({f"{prefix}/{kind}": math.sqrt(squares[kind] / counts[kind]) for kind in sorted(counts) if counts[kind]})
+    out = {prefix: math.sqrt(sum(square for square, _ in sums.values()) / total)}
+    out.update({f"{prefix}/{kind}": math.sqrt(sums[kind][0] / sums[kind][1]) for kind in sorted(sums) if sums[kind][1]})
     return out

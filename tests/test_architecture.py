@@ -21,6 +21,8 @@ LEVELS = {
     "routes": 4,
     "checks": 2,
     "exchange": 3,
+    "engines": 4,
+    "units": 5,
     "routing": 6,
     "groups": 7,
     "report": 5,
@@ -69,11 +71,14 @@ def test_imports_point_one_way(path):
             assert LEVELS[other] < LEVELS[room], f"{path.name} imports hf_muon.{other}, which lies above or beside it"
 
 
-@pytest.mark.parametrize("room", ["matrices", "layouts", "fused"])
-def test_shapes_and_layouts_know_no_communication(room):
-    path = PACKAGE / f"{room}.py"
-    if path.exists():
-        assert "torch.distributed" not in path.read_text()
+@pytest.mark.parametrize("file", ["matrices", "layouts", "fused", "exchange/layout", "exchange/ownership"])
+def test_shapes_and_layouts_know_no_communication(file):
+    assert "torch.distributed" not in (PACKAGE / f"{file}.py").read_text()
+
+
+def test_engines_are_recognised_by_their_tensors_and_never_imported():
+    for path in (PACKAGE / "engines").glob("*.py"):
+        assert not any(top in PEERS for top, _ in _imports(path)), path.name
 
 
 def test_files_and_functions_stay_small():

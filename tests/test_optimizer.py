@@ -303,7 +303,7 @@ class _Wrapped(torch.Tensor):
         (lambda: [torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)], "int8"),
         (lambda: [torch.nn.Parameter(torch.zeros(4, 4, dtype=torch.cfloat))], "complex64"),
         (lambda: [_param(4, 4)] * 2, "twice"),
-        (lambda: [_Wrapped(torch.zeros(4, 4)).requires_grad_()], "is a _Wrapped.*plain tensors only"),
+        (lambda: [_Wrapped(torch.zeros(4, 4)).requires_grad_()], "is a _Wrapped.*only plain tensors"),
         (lambda: [{"params": [_param(4, 4)], "algorithm": "sgd"}], "'sgd'"),
         (lambda: [{"params": [_param(4, 4)], "matrices": []}], "entries in 'matrices'"),
         (lambda: [{"params": [_param(4)], "algorithm": "adamw", "betas": (0.9, 1.5)}], "1.5"),
@@ -337,7 +337,7 @@ def test_a_bad_lr_from_a_scheduler_is_refused_before_anything_changes():
 def test_parameters_re_laid_out_by_an_engine_are_refused_by_name():
     params, optimizer = _mixed()
     optimizer.param_groups[0]["params"] = [_param(100)]
-    with pytest.raises(RuntimeError, match="4 parameters and now holds 1"):
+    with pytest.raises(RuntimeError, match="4 parameters .* now holds 1"):
         optimizer.step()
     optimizer.param_groups[0]["params"] = [_param(384), *params[1:4]]
     with pytest.raises(RuntimeError, match=r"w0 was routed as \[16, 24\] but is now"):
@@ -558,12 +558,3 @@ def test_weights_of_one_logical_shape_stored_both_ways_are_not_stacked_together(
             Muon([{"params": [copy_], "matrices": [layout]}], ns_dtype="float32", **options).step()
         together.step()
         assert all(torch.equal(p, q) for p, q in zip((plain, stored), alone, strict=True))
-
-
-def test_batches_are_bounded_and_lose_nothing(monkeypatch):
-    from hf_muon.exchange import local
-
-    pieces = [x for seed in range(5) for x in local.pieces(*[torch.zeros(4, 8)] * 3, MatrixLayout((4, 8)), f"k{seed}")]
-    monkeypatch.setattr(local, "BATCH_ELEMENTS", 2 * 32)
-    sizes = [[x.kind for x in batch] for batch in local.batches(pieces)]
-    assert sizes == [["k0", "k1"], ["k2", "k3"], ["k4"]]

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -207,29 +208,26 @@ def test_bad_optim_args_are_errors_before_the_first_step(tmp_path, text, message
         Trainer.get_optimizer_cls_and_kwargs(late, torch.nn.Linear(4, 4))
 
 
-def test_a_deepspeed_run_is_refused_while_its_arguments_are_built(tmp_path, monkeypatch):
-    # With an "optimizer" section in its config the Trainer would train with that one and never look at optim.
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RuntimeError, match="DeepSpeed is active"):
-        registry._check(_args_without_checks(tmp_path, monkeypatch))
-
-
-def _args_without_checks(tmp_path, monkeypatch):
-    """Arguments built before the variable is set: building them would start DeepSpeed itself."""
-    with monkeypatch.context() as context:
-        context.delenv("ACCELERATE_USE_DEEPSPEED")
-        return _args(tmp_path, optim="muon")
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "engine"), [("deepspeed", {"optimizer": {}}, "DeepSpeed"), ("fsdp", True, "FSDP")]
-)
-def test_an_engine_named_in_the_arguments_is_refused(tmp_path, key, value, engine):
-    # Set afterwards, because building them with it needs the engine installed.
+@pytest.mark.parametrize("native", ["Muon", "AdamW"])
+@pytest.mark.parametrize("where", ["hf_deepspeed_config", "deepspeed_plugin"])
+def test_an_optimizer_section_of_deepspeed_is_refused(tmp_path, native, where):
+    # The Trainer would train with that one and never look at optim. Set afterwards: building them needs the engine.
     args = _args(tmp_path, optim="muon")
-    setattr(args, key, value)
-    with pytest.raises(RuntimeError, match=f"{engine} is active"):
+    config = {"optimizer": {"type": native, "params": {}}}
+    setattr(args, where, SimpleNamespace(config=config, deepspeed_config=config))
+    with pytest.raises(RuntimeError, match="clips the orthogonalized" if native == "Muon" else "never ask for optim"):
         registry._check(args)
+
+
+@pytest.mark.parametrize("version", [1, None])
+def test_fsdp_version_1_is_refused(tmp_path, monkeypatch, version):
+    args = _args(tmp_path, optim="muon")
+    args.fsdp = True
+    args.fsdp_plugin_args = {"fsdp_version": version}
+    with pytest.raises(RuntimeError, match="fsdp_version: 2"):
+        registry._check(args)
+    args.fsdp_plugin_args = {"fsdp_version": 2}
+    registry._check(args)
 
 
 def test_other_optimizers_are_untouched(tmp_path):

@@ -19,7 +19,8 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import MuonConfig
-from .trainer import MuonFactory, arguments, find_muon, refuse_unsupported_engine
+from .engines import refuse_unsupported
+from .trainer import MuonFactory, arguments, find_muon
 
 logger = logging.getLogger("hf_muon")
 
@@ -165,7 +166,7 @@ def _check(args: TrainingArguments) -> None:
     """
     if _is_ours(args.optim):
         MuonConfig.from_optim_args(args.optim_args)
-        refuse_unsupported_engine(args)
+        refuse_unsupported(args)
 
 
 _WRAPS: tuple[tuple[Any, str, Any], ...] = (

@@ -13,6 +13,7 @@ from ..config import MuonConfig
 from ..groups import param_groups
 from ..optimizer import Muon
 from ..routing import Report, route
+from . import engines
 
 logger = logging.getLogger("hf_muon")
 
@@ -37,13 +38,16 @@ class MuonFactory:
     ) -> Muon:
         """The optimizer for ``model``; see the class."""
         config = MuonConfig.merged(None, options)
-        refuse_unsupported_engine()
+        engines.refuse_unsupported()
+        engines.keep_client_optimizer()
         optimizer = Muon(
             param_groups(model, config, lr=lr, weight_decay=weight_decay),
             lr=lr,
             weight_decay=weight_decay,
             betas=betas,
             eps=eps,
+            process_group=engines.replicas() if config.share_newton_schulz else None,
+            exchange_bytes=config.exchange_bytes,
         )
         if int(os.environ.get("RANK", "0")) == 0:
             logger.info("The optimizer of this run is hf_muon.Muon.\n%s", Report(tuple(route(model, config))))
@@ -71,37 +75,10 @@ def create_optimizer(model: nn.Module, args: Any, **options: Any) -> Muon:
 
     Raises:
         ValueError: an unknown or malformed option, or a model that cannot be routed (:func:`hf_muon.explain`).
-        RuntimeError: DeepSpeed or FSDP is active.
+        RuntimeError: an engine is active that would not train with this optimizer.
     """
     config = MuonConfig.from_optim_args(args.optim_args)
     return MuonFactory()(model, **{**arguments(args, config), **options})
-
-
-def refuse_unsupported_engine(args: Any = None) -> None:
-    """Fail before the engine re-lays the parameters out, not after.
-
-    Args:
-        args: ``TrainingArguments``, whose ``deepspeed`` and ``fsdp`` name an engine before it has started.
-
-    Raises:
-        RuntimeError: DeepSpeed, FSDP or Megatron-LM is configured or active.
-    """
-    flags = {"DeepSpeed": "ACCELERATE_USE_DEEPSPEED", "FSDP": "ACCELERATE_USE_FSDP"}
-    active = [name for name, key in (("DeepSpeed", "deepspeed"), ("FSDP", "fsdp")) if getattr(args, key, None)]
-    active += [name for name, variable in flags.items() if os.environ.get(variable, "").lower() in ("1", "true")]
-    active += _accelerator_engines()
-    if active:
-        raise RuntimeError(
-            f"optim='muon' serves one process and DDP in this version, and {active[0]} is active: launch with a "
-            "multi-GPU or multi-CPU (DDP) accelerate config, or choose another optimizer"
-        )
-
-
-def _accelerator_engines() -> list[str]:
-    from accelerate.state import AcceleratorState
-
-    kind = str(AcceleratorState._shared_state.get("distributed_type", "")).rpartition(".")[2]
-    return {"DEEPSPEED": ["DeepSpeed"], "FSDP": ["FSDP"], "MEGATRON_LM": ["Megatron-LM"]}.get(kind, [])
 
 
 def find_muon(optimizer: Any) -> Muon | None:

@@ -1,0 +1,210 @@
+"""From slices of parameters, wherever they are stored, to whole matrices on their owners, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..matrices import MatrixLayout
+from . import collectives
+from .layout import REPLICATED, Placement, span_on
+from .ownership import Job, plan_jobs, plan_turns
+
+
+class Slice(NamedTuple):
+    """Elements ``[start, stop)`` of what this rank stores of parameter ``param`` of the group."""
+
+    param: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal matrices that this rank owns, ``[n, rows, cols]`` as stored, and their logical shape (A, B)."""
+
+    matrices: Tensor
+    shape: tuple[int, int]
+
+
+class Exchange:
+    """The plan for one group of parameters, and its turns.
+
+    Args:
+        layouts: the matrices of each parameter.
+        placements: where each parameter lives; the same on every rank.
+        rank, ranks: of ``group``.
+        group: process group of the ranks that share these parameters; unused with one rank.
+        budget: elements that a rank orthogonalizes at a time; a larger matrix comes alone.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[MatrixLayout],
+        placements: Sequence[Placement],
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        group: Any = None,
+        budget: int,
+    ) -> None:
+        self.rank, self.ranks, self.group, self.budget = rank, ranks, group, budget
+        self.jobs = plan_jobs(layouts, placements, ranks)
+        # Where this rank's part of each parameter begins.
+        self.begins = [span_on(p, rank, 0)[0] for p in placements]
+        self._turns: dict[frozenset[int], list[Turn]] = {}
+
+    def turns(self, active: Collection[int]) -> list[Turn]:
+        """The turns of a step in which the parameters ``active`` have gradients (the same on every rank)."""
+        key = frozenset(active)
+        if key not in self._turns:
+            jobs = [job for job in self.jobs if job.param in key]
+            # Which parameters have gradients hardly ever changes; where it changes at random, memory must not fill.
+            self._turns = {key: [Turn(self, t) for t in plan_turns(jobs, self.ranks, self.budget)]}
+        return self._turns[key]
+
+
+class Turn:
+    """Some matrices on every owner: first :meth:`to_matrices`, then :meth:`to_storage`.
+
+    Every rank goes through the same turns in the same order; collectives happen in those where anything travels.
+    """
+
+    def __init__(self, exchange: Exchange, jobs: tuple[Job, ...]) -> None:
+        self.exchange = exchange
+        self.jobs = jobs
+        rank = exchange.rank
+        self._owned = [job for job in jobs if job.owner == rank]
+        self._replicated = exchange.ranks > 1 and any(job.holders == REPLICATED for job in jobs)
+        self._travels = any(job.straddles for job in jobs)
+        # (job, slice of it stored here), in the order in which both sides of a message go through it
+        self._here: list[tuple[Job, Slice]] = []
+        self._incoming: list[list[tuple[Job, int]]] = [[] for _ in range(exchange.ranks)]
+        for job in jobs:
+            if job.holders == REPLICATED:
+                if job.owner == rank:
+                    self._here.append((job, Slice(job.param, job.start, job.stop)))
+                continue
+            for span in job.holders:
+                if span.rank == rank:
+                    begin = exchange.begins[job.param]
+                    self._here.append((job, Slice(job.param, span.start - begin, span.stop - begin)))
+                elif job.owner == rank:
+                    self._incoming[span.rank].append((job, span.stop - span.start))
+        self._groups = _by_shape(self._owned)
+
+    @property
+    def slices(self) -> list[Slice]:
+        """What :meth:`to_matrices` takes, of what is stored here."""
+        return [piece for _, piece in self._here]
+
+    def to_matrices(self, values: Sequence[Tensor], like: Tensor) -> list[Stack]:
+        """The values of :attr:`slices` as stacks of the whole matrices that this rank owns.
+
+        Args:
+            values: 1-D, one per slice.
+            like: any tensor of their dtype and device; a rank that holds nothing in this turn still takes part.
+        """
+        rank, ranks = self.exchange.rank, self.exchange.ranks
+        parts: dict[Job, list[tuple[int, Tensor]]] = {job: [] for job in self._owned}
+        outgoing: list[list[Tensor]] = [[] for _ in range(ranks)]
+        for (job, _), value in zip(self._here, values, strict=True):
+            if job.owner == rank:
+                parts[job].append((rank, value))
+            else:
+                outgoing[job.owner].append(value)
+        if self._travels:
+            sizes = [sum(n for _, n in pieces) for pieces in self._incoming]
+            received = collectives.all_to_all(outgoing, sizes, like, self.exchange.group)
+            for source, (buffer, pieces) in enumerate(zip(received, self._incoming, strict=True)):
+                for (job, _), part in zip(pieces, buffer.split([n for _, n in pieces]), strict=True):
+                    parts[job].append((source, part))
+        # A parameter's elements are stored in the order of the ranks.
+        whole = {job: _join([t for _, t in sorted(found, key=lambda x: x[0])]) for job, found in parts.items()}
+        return [Stack(_stack(members, whole), shape) for shape, members in self._groups]
+
+    def to_storage(self, results: Sequence[Tensor], like: Tensor) -> Iterator[tuple[Slice, Tensor]]:
+        """Updates, one stack per stack of :meth:`to_matrices`, as 1-D tensors of the slices stored here.
+
+        Args:
+            results: the stacks.
+            like: any tensor of their dtype and device; a rank that owns nothing in this turn still takes part.
+        """
+        exchange = self.exchange
+        done: dict[Job, Tensor] = {}
+        for (_, members), result in zip(self._groups, results, strict=True):
+            _unstack(members, result, done)
+        if self._replicated:
+            yield from self._to_all(done, like)
+            return
+        incoming = [0] * exchange.ranks
+        outgoing: list[list[Tensor]] = [[] for _ in range(exchange.ranks)]
+        for job, piece in self._here:
+            if job.owner != exchange.rank:
+                incoming[job.owner] += piece.stop - piece.start
+        for job in self._owned:
+            for span in job.holders:
+                if span.rank != exchange.rank:
+                    outgoing[span.rank].append(done[job][span.start - job.start : span.stop - job.start])
+        received = [like.new_empty(0)] * exchange.ranks
+        if self._travels:
+            received = collectives.all_to_all(outgoing, incoming, like, exchange.group)
+        at = [0] * exchange.ranks
+        for job, piece in self._here:
+            if job.owner == exchange.rank:
+                begin = exchange.begins[job.param] + piece.start - job.start
+                yield piece, done[job][begin : begin + piece.stop - piece.start]
+            else:
+                begin = at[job.owner]
+                at[job.owner] += piece.stop - piece.start
+                yield piece, received[job.owner][begin : at[job.owner]]
+
+    def _to_all(self, done: dict[Job, Tensor], like: Tensor) -> Iterator[tuple[Slice, Tensor]]:
+        owned: list[list[Job]] = [[] for _ in range(self.exchange.ranks)]
+        for job in self.jobs:
+            owned[job.owner].append(job)
+        lengths = [sum(job.numel for job in jobs) for jobs in owned]
+        own = [done[job] for job in owned[self.exchange.rank]]
+        for jobs, buffer in zip(owned, collectives.all_gather(own, lengths, like, self.exchange.group), strict=True):
+            for job, part in zip(jobs, buffer.split([job.numel for job in jobs]), strict=True):
+                yield Slice(job.param, job.start, job.stop), part
+
+
+_Member = tuple[Job, int, int]  # a job, which piece of its layout, how many matrices
+
+
+def _by_shape(jobs: Sequence[Job]) -> list[tuple[tuple[int, int], list[_Member]]]:
+    """Pieces of jobs whose matrices may share a stack: of equal shape, stored alike."""
+    groups: dict[tuple[int, int, bool], list[_Member]] = {}
+    for job in jobs:
+        for index, (n, a, b) in enumerate(job.layout.matrices()):
+            groups.setdefault((a, b, job.layout.transposed), []).append((job, index, n))
+    return [((a, b), members) for (a, b, _), members in groups.items()]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _stack(members: list[_Member], whole: dict[Job, Tensor]) -> Tensor:
+    stacks = []
+    for job, index, _ in members:
+        piece = job.layout.pieces(whole[job].view(job.layout.shape))[index]
+        stacks.append(job.layout.to_matrices(piece, index))
+    return _join(stacks)
+
+
+def _unstack(members: list[_Member], stack: Tensor, done: dict[Job, Tensor]) -> None:
+    """Write each member's matrices back into the row-major elements of its job."""
+    for (job, index, _), part in zip(members, stack.split([n for _, _, n in members]), strict=True):
+        if not job.layout.sizes:  # one piece: nothing to interleave with
+            done[job] = part.reshape(-1)
+            continue
+        if job not in done:
+            done[job] = part.new_empty(job.numel)
+        piece = job.layout.pieces(done[job].view(job.layout.shape))[index]
+        piece.copy_(job.layout.from_matrices(part, index, piece))

@@ -1,0 +1,86 @@
+"""What accelerate has started, as far as it decides whether and how Muon can train."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+
+
+def refuse_unsupported(args: Any = None) -> None:
+    """Fail before an engine takes the parameters, not after.
+
+    Args:
+        args: ``TrainingArguments``, which name an engine before it has started.
+
+    Raises:
+        RuntimeError: DeepSpeed would train with an optimizer of its own; FSDP version 1; Megatron-LM.
+    """
+    kind = _active()
+    config = _deepspeed_config(args)
+    if config is not None and "optimizer" in config:
+        native = str(config["optimizer"].get("type", "")).lower() == "muon"
+        why = (
+            "DeepSpeed's own Muon has no RMS matching and clips the orthogonalized update"
+            if native
+            else "DeepSpeed would train with that one and never ask for optim"
+        )
+        name = config["optimizer"].get("type")
+        raise RuntimeError(
+            f"optim='muon' and an \"optimizer\" section ({name}) in the DeepSpeed config: {why}. "
+            "Remedy: remove that section; learning rate, betas, eps and weight decay come from TrainingArguments"
+        )
+    if (kind == "FSDP" or _wants_fsdp(args)) and _fsdp_version(args) == 1:
+        raise RuntimeError(
+            "optim='muon' and FSDP version 1, which flattens parameters so that no matrix is left: set fsdp_version: 2 "
+            "in the accelerate config's fsdp_config (or fsdp_config={'version': 2} in TrainingArguments)"
+        )
+    if kind == "MEGATRON_LM":
+        raise RuntimeError("optim='muon' serves DDP, DeepSpeed ZeRO and FSDP2, and Megatron-LM is active")
+
+
+def keep_client_optimizer() -> None:
+    """Under DeepSpeed's CPU offload, accelerate would replace any optimizer by DeepSpeedCPUAdam without a word."""
+    config = _deepspeed_config(None)
+    if config is not None:
+        config["zero_force_ds_cpu_optimizer"] = False
+
+
+def replicas() -> Any:
+    """The process group over which DDP replicates the model; None under any other engine, or for one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or not _active().startswith("MULTI_"):
+        return None
+    return dist.group.WORLD
+
+
+def _active() -> str:
+    """The name of accelerate's distributed type; empty if it has not started."""
+    return str(AcceleratorState._shared_state.get("distributed_type", "")).rpartition(".")[2]
+
+
+def _deepspeed_config(args: Any) -> dict[str, Any] | None:
+    """The DeepSpeed config in force: that of TrainingArguments, or of the accelerate config."""
+    own = getattr(getattr(args, "hf_deepspeed_config", None), "config", None)
+    if own is not None:
+        return own
+    plugin: Any = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return plugin.deepspeed_config
+    plugin = AcceleratorState._shared_state.get("deepspeed_plugins") if _active() == "DEEPSPEED" else None
+    if isinstance(plugin, dict):
+        plugin = next((p for p in plugin.values() if p.selected), None)
+    return getattr(plugin, "deepspeed_config", None)
+
+
+def _wants_fsdp(args: Any) -> bool:
+    return bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def _fsdp_version(args: Any) -> int:
+    plugin = AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is not None:
+        return int(plugin.fsdp_version)
+    given = (getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version")
+    return int(given or os.environ.get("FSDP_VERSION", "1"))
