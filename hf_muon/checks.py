@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -83,7 +83,7 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
 def names(group: Mapping[str, Any]) -> list[str]:
     """A name for each parameter of a group, for messages."""
     given = group.get("param_names")
-    return list(given) if given else [f"parameter {i}" for i in range(len(group["params"]))]
+    return list(given) if given else [f"parameter {i}" for i in range(len(group.get("shapes", group["params"])))]
 
 
 def check_parameters(group: Mapping[str, Any]) -> None:
@@ -156,42 +156,79 @@ def all_finite(grads: list[Tensor]) -> bool:
     )
 
 
-def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
-    """That a saved optimizer state belongs to these groups, and that what it would put into them is valid."""
-    remedy = "load the checkpoint of a hf_muon run of the same model, or start with a fresh optimizer (no resume)"
+STATE_REMEDY = "load the checkpoint of a hf_muon run of the same model, or start with a fresh optimizer (no resume)"
+
+
+def check_algorithms(state_dict: Mapping[str, Any]) -> None:
+    """That a saved optimizer state is this package's."""
     saved = state_dict.get("param_groups")
     if not saved or any("algorithm" not in group for group in saved):
         raise ValueError(
-            f"the saved state is another optimizer's, not hf_muon's (its groups name no algorithm): {remedy}"
+            f"the saved state is another optimizer's, not hf_muon's (its groups name no algorithm): {STATE_REMEDY}"
         )
-    ours = [(group["algorithm"], len(group["params"])) for group in groups]
-    theirs = [(group["algorithm"], len(group["params"])) for group in saved]
+
+
+def check_state_dict(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> None:
+    """That a state saved by the same engine belongs to these groups, and that what it would put into them is valid."""
+    check_algorithms(state_dict)
+    saved = state_dict["param_groups"]
+    ours = [(group["algorithm"], len(names(group))) for group in groups]
+    theirs = [(group["algorithm"], len(names(group))) for group in saved]
     if ours != theirs:
         raise ValueError(
             f"the saved state has groups {theirs}, the model has {ours}: another model, or include, exclude, lora or "
-            f"decay_norms_and_biases differ from those of the saved run: {remedy}"
+            f"decay_norms_and_biases differ from those of the saved run: {STATE_REMEDY}"
         )
     for group, other in zip(groups, saved, strict=True):
         check_hyperparameters({**group, **other})
         if "param_names" in group and "param_names" in other and group["param_names"] != other["param_names"]:
             odd = sorted(set(group["param_names"]) ^ set(other["param_names"]))[:5]
-            raise ValueError(f"the saved state is of other parameters (or of another order), e.g. {odd}: {remedy}")
-        for name, p, i in zip(names(group), group["params"], other["params"], strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
+            raise ValueError(
+                f"the saved state is of other parameters (or of another order), e.g. {odd}: {STATE_REMEDY}"
+            )
+        if len(group["params"]) != len(other["params"]):
+            raise ValueError(
+                f"the state of {names(group)[0]} and the others was saved in {len(other['params'])} tensors, and is "
+                f"now in {len(group['params'])}: {_ENGINE_REMEDY}"
+            )
+        flat = len(group["params"]) != len(names(group))
+        for i, (p, index) in enumerate(zip(group["params"], other["params"], strict=True)):
+            for key, value in state_dict["state"].get(index, {}).items():
                 if key != "step" and value.shape != p.shape:
                     raise ValueError(
-                        f"{key} saved for {name} has shape {list(value.shape)}, not {list(p.shape)}: {remedy}"
+                        f"{key} saved for {names(group)[0 if flat else i]} has shape {list(value.shape)}, not "
+                        f"{list(p.shape)}: {_ENGINE_REMEDY if flat else STATE_REMEDY}"
                     )
 
 
+def other_layout(name: str) -> str:
+    """The message for a flat state that was saved in another order than that of this run."""
+    return f"the optimizer state of {name} and the others was saved in another layout: {_ENGINE_REMEDY}"
+
+
+_ENGINE_REMEDY = (
+    "another engine or number of ranks. Remedy: python -m hf_muon consolidate CHECKPOINT OUT, then resume from OUT"
+)
+
+
 # What a parameter is follows from the model and today's options, never from a checkpoint.
-STRUCTURE = ("params", "param_names", "matrices", "kinds", "hidden_size")
+STRUCTURE = ("params", "param_names", "shapes", "matrices", "kinds", "hidden_size")
 _SCHEDULED = ("lr", "initial_lr")
+
+
+def warnings(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a user should know of a checkpoint that is about to replace the options of these groups."""
+    found = [d for group, other in zip(groups, saved, strict=True) for d in differences(group, other)]
+    out = [f"the checkpoint's setting wins over this run's: {text}" for text in dict.fromkeys(found)]
+    if any(group.get("matrices") != other.get("matrices") for group, other in zip(groups, saved, strict=True)):
+        # Momentum is elementwise, so it stays valid.
+        out.append("this checkpoint was made with fused weights cut into other matrices; today's cuts are used")
+    return out
 
 
 def differences(group: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """The hyper-parameters in which a checkpoint differs from the options of this run, in words."""
-    keys = [key for key in saved if key in group and key not in (*STRUCTURE, *_SCHEDULED)]
+    keys = [key for key in saved if key in group and key not in (*STRUCTURE, "shards", *_SCHEDULED)]
     out = [f"{key}={saved[key]!r} (not {group[key]!r})" for key in keys if saved[key] != group[key]]
     # A schedule moves lr; what a run asked for is what the schedule starts from.
     base, asked = (g.get("initial_lr", g["lr"]) for g in (saved, group))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checks, update
+from . import canonical, checks, engines, update
 from .coefficients import Coefficients
 from .config import NS_DTYPES
 from .exchange import collectives
@@ -117,8 +117,10 @@ class Muon(Optimizer):
             checks.check_parameters(group)
             if group["algorithm"] == "muon":
                 group.setdefault("matrices", [MatrixLayout(tuple(p.shape)).key() for p in group["params"]])
+            group["shapes"] = [tuple(getattr(p, "ds_shape", p.shape)) for p in group["params"]]
             checks.check_layouts(group)
-            self._whole.update(zip(checks.names(group), group["params"], strict=True))
+            if "param_names" in group:
+                self._whole.update(zip(group["param_names"], group["params"], strict=True))
         except Exception:
             self.param_groups.pop()
             raise
@@ -206,6 +208,11 @@ class Muon(Optimizer):
             self._units[key] = build(group, self._whole, self.process_group, self._budget(group))
         unit = self._units[key]
         unit.group = group  # load_state_dict replaces the dict
+        if unit.shards is not None:
+            # Travels in the engine's own checkpoint, where it says which elements its flat tensors hold.
+            saved = group.setdefault("shards", {}).setdefault(unit.storage.part, unit.shards)
+            if [tuple(x) for x in saved] != unit.shards:
+                raise engines.LayoutError(checks.other_layout(unit.names[0]))
         return unit
 
     def _budget(self, group: dict[str, Any]) -> int:
@@ -222,6 +229,9 @@ class Muon(Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(
                     p, dtype=dtype, memory_format=torch.contiguous_format
                 )
+            elif p in self.state and not self.state[p]["momentum_buffer"].is_contiguous():
+                # A loaded one may have the strides of its parameter: its flat form would be a copy, and lose updates.
+                self.state[p]["momentum_buffer"] = self.state[p]["momentum_buffer"].contiguous()
         buffers = [self.state[p].get("momentum_buffer") if p in self.state else None for p in holders]
         return {i: m for i, m in enumerate(unit.storage.flat(buffers)) if m is not None}
 
@@ -256,26 +266,35 @@ class Muon(Optimizer):
             self.process_group, self.exchange_bytes = None, 2**27
             self._units, self._whole = {}, WeakValueDictionary()
 
-    def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        return list(zip(self.param_groups, state_dict["param_groups"], strict=True))
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, bit for bit.
+        """Load what :meth:`state_dict` gave, bit for bit, or a consolidated state (on any engine and number of ranks).
 
         As in torch, the saved hyper-parameters replace the present ones; a warning names those that differ. Which
-        matrices a parameter holds is taken from the present groups.
+        matrices a parameter holds is taken from the present groups. A consolidated state (``python -m hf_muon
+        consolidate``) also sets the weights, to the full precision in which they were trained.
 
         Raises:
             ValueError: the state is another optimizer's, or of a model with other parameters; nothing is changed then.
         """
-        checks.check_state_dict(self.param_groups, state_dict)
+        checks.check_algorithms(state_dict)
+        if canonical.is_canonical(state_dict):
+            saved = canonical.match(self.param_groups, state_dict)
+        else:
+            checks.check_state_dict(self.param_groups, state_dict)
+            saved = state_dict["param_groups"]
+        for text in checks.warnings(self.param_groups, saved):
+            logger.warning(text)
+        if canonical.is_canonical(state_dict):
+            units = [
+                self._unit({**group, "params": params})
+                for group in self.param_groups
+                for params in engines.parts(group["params"], checks.names(group), self._whole)
+            ]
+            canonical.spread(units, state_dict, self.state)
+            for group, other in zip(self.param_groups, saved, strict=True):
+                group.update({k: v for k, v in other.items() if k not in canonical.NOT_OPTIONS})
+            return
         present = [{k: group[k] for k in checks.STRUCTURE[1:] if k in group} for group in self.param_groups]
-        pairs = self._pairs(state_dict)
-        for text in dict.fromkeys(d for ours, saved in pairs for d in checks.differences(ours, saved)):
-            logger.warning("the checkpoint's setting wins over this run's: %s", text)
-        if any(ours.get("matrices") != saved.get("matrices") for ours, saved in pairs):
-            # Momentum is elementwise, so it stays valid.
-            logger.warning("this checkpoint was made with fused weights cut into other matrices; today's cuts are used")
         super().load_state_dict(state_dict)
         for group, structure in zip(self.param_groups, present, strict=True):
             group.update(structure)
@@ -284,6 +303,6 @@ class Muon(Optimizer):
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
-            saved = state_dict["state"].get(i, {}).get("momentum_buffer")
-            if saved is not None and saved.dtype != p.dtype:
-                self.state[p]["momentum_buffer"] = saved.detach().to(device=p.device, copy=True)
+            buffer = state_dict["state"].get(i, {}).get("momentum_buffer")
+            if buffer is not None and buffer.dtype != p.dtype:
+                self.state[p]["momentum_buffer"] = buffer.detach().to(device=p.device, copy=True)

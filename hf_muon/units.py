@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Unit:
     storage: Storage
     names: list[str]
     kinds: list[str]
+    numels: list[int]
+    """Elements of each whole parameter."""
     exchange: Exchange | None
     """None for AdamW, which needs no matrices."""
     layout_digest: int
@@ -39,6 +42,15 @@ class Unit:
     def key(self) -> tuple[str, str]:
         """Names the unit in telemetry."""
         return self.group["algorithm"], self.names[0]
+
+    @property
+    def shards(self) -> list[tuple[str, int, int, int]] | None:
+        """What a flat holder holds, for its checkpoint: name, offset in the holder, start and stop in the parameter."""
+        storage = self.storage
+        if storage.offsets is None:
+            return None
+        spans = [span_on(placement, storage.rank, 0) for placement in storage.placements]
+        return [(n, offset, a, b) for n, offset, (a, b) in zip(self.names, storage.offsets, spans, strict=True)]
 
     def weights(self) -> list[Tensor]:
         """This rank's part of each parameter, 1-D."""
@@ -56,8 +68,7 @@ def build(group: dict[str, Any], whole: Mapping[str, Tensor], process_group: Any
     layouts = [MatrixLayout.of(key) for key in group["matrices"]] if muon else []
     if muon and len(layouts) != len(names):
         raise LayoutError(f"the muon group of {names[0]} has {len(names)} parameters but {len(layouts)} layouts")
-    shapes = [layout.shape for layout in layouts] if muon else None
-    storage = engines.recognise(group["params"], names, shapes, whole, process_group)
+    storage = engines.recognise(group["params"], names, group["shapes"], whole, process_group)
     members = storage.members
     kinds = group.get("kinds") or ["matrix" if muon else "adamw"] * len(names)
     exchange = None
@@ -70,9 +81,26 @@ def build(group: dict[str, Any], whole: Mapping[str, Tensor], process_group: Any
             group=storage.group,
             budget=budget,
         )
-    text = repr((storage.engine, storage.ranks, [names[i] for i in members], shapes, storage.placements, budget))
+    numels = [prod(group["shapes"][i]) for i in members]
+    text = repr(
+        (
+            storage.engine,
+            storage.ranks,
+            [names[i] for i in members],
+            group["shapes"],
+            layouts,
+            storage.placements,
+            budget,
+        )
+    )
     return Unit(
-        group, storage, [names[i] for i in members], [kinds[i] for i in members], exchange, zlib.crc32(text.encode())
+        group=group,
+        storage=storage,
+        names=[names[i] for i in members],
+        kinds=[kinds[i] for i in members],
+        numels=numels,
+        exchange=exchange,
+        layout_digest=zlib.crc32(text.encode()),
     )
 
 
@@ -120,7 +148,7 @@ def _agree(units: list[Unit], error: Exception | None, finite: bool) -> bool:
     """One small collective: whether the gradients of all ranks are finite; raises on all ranks if they disagree."""
     storage = units[0].storage
     present = [sorted(unit.grads) for unit in units]
-    options = [{k: v for k, v in u.group.items() if k not in checks.STRUCTURE} for u in units]
+    options = [{k: v for k, v in u.group.items() if k not in (*checks.STRUCTURE, "shards")} for u in units]
     digests = [
         zlib.crc32(repr([unit.layout_digest for unit in units]).encode()),
         zlib.crc32(repr([sorted(o.items()) for o in options]).encode()),

@@ -23,14 +23,18 @@ LEVELS = {
     "exchange": 3,
     "engines": 4,
     "units": 5,
+    "canonical": 6,
     "routing": 6,
     "groups": 7,
+    "plan": 8,
     "report": 5,
     "optimizer": 7,
-    "integrations": 8,
-    "__init__": 9,
-    "run": 10,
-    "__main__": 10,
+    "checkpoint": 7,
+    "convert": 8,
+    "integrations": 9,
+    "__init__": 10,
+    "run": 11,
+    "__main__": 11,
 }
 PEERS = {"transformers", "accelerate", "deepspeed", "trl", "peft", "datasets"}
 FILES = sorted(PACKAGE.rglob("*.py"))

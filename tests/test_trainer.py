@@ -12,6 +12,7 @@ import hf_muon
 from hf_muon import Muon, MuonFactory
 
 from . import tiny
+from .distributed import scenarios
 
 
 def make(tmp_path, model=None, cls=Trainer, data=None, eval_data=None, **options):
@@ -263,6 +264,19 @@ def test_fsdp_version_1_is_refused_before_training(monkeypatch):
         MuonFactory()(tiny.qwen2(), lr=1e-3)
     monkeypatch.setenv("FSDP_VERSION", "2")
     MuonFactory()(tiny.qwen2(), lr=1e-3)
+
+
+def test_resume_with_fused_experts_is_bit_exact(tmp_path):
+    # transformers saves experts one by one, and its Trainer would not find them again under the fused name.
+    def run(folder, steps, resume=None):
+        model = scenarios.model("moe", "float32")
+        trainer = make(tmp_path / folder, model=model, max_steps=steps, save_strategy="steps", save_steps=3)
+        trainer.train(resume_from_checkpoint=resume)
+        return dict(trainer.model.named_parameters())
+
+    whole = run("whole", 6)
+    resumed = run("parts", 6, resume=str(tmp_path / "whole" / "checkpoint-3"))
+    assert all(torch.equal(resumed[name], p) for name, p in whole.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,14 @@ from torch import Tensor
 from . import fsdp2, local, zero, zero3
 from .storage import LayoutError, Storage
 
-__all__ = ["LayoutError", "Storage", "recognise"]
+__all__ = ["LayoutError", "Storage", "parts", "recognise"]
+
+
+def parts(params: Sequence[Tensor], names: list[str], whole: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """The lists of tensors that an engine steps one after the other, of a group that holds ``params`` now."""
+    if not params:
+        return [[flat] for flat in zero3.sub_groups(names, whole)]
+    return [list(params)]
 
 
 def recognise(

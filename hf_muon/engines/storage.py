@@ -33,6 +33,10 @@ class Storage:
     """From tensors that lie as the holders do (weights, gradients) to this rank's part of each member, 1-D."""
     device: torch.device
     """Where matrices are computed; holders may be offloaded elsewhere."""
+    offsets: tuple[int, ...] | None = None
+    """Where each member's part begins in a flat holder; None if every member has a holder of its own."""
+    part: int = 0
+    """Which of the engine's flat tensors the holder is, where it makes several of one group."""
     rank: int = 0
     ranks: int = 1
     group: Any = None

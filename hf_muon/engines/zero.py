@@ -59,6 +59,7 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
         placements=tuple(placements),
         flat=lambda tensors: [None if tensors[0] is None else tensors[0][a:b] for a, b in slices],
         device=first.device,
+        offsets=tuple(a for a, _ in slices),
         rank=rank,
         ranks=ranks,
         group=group,

@@ -16,7 +16,7 @@ from .storage import LayoutError, Storage
 
 def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, Any]) -> Storage | None:
     """See :func:`hf_muon.engines.recognise`; None if this is not ZeRO-3's layout."""
-    engine: Any = next((x for n in names if (x := getattr(whole.get(n), "_z3_optimizer", None)) is not None), None)
+    engine = _engine(names, whole)
     if engine is None or len(params) != 1:
         return None
     flat = params[0]
@@ -49,10 +49,29 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
         placements=placements,
         flat=lambda tensors: [None if tensors[0] is None else tensors[0][a:b] for a, b in slices],
         device=members[0].device,
+        offsets=tuple(a for a, _ in slices),
+        part=index,
         rank=rank,
         ranks=ranks,
         group=group,
     )
+
+
+def sub_groups(names: list[str], whole: Mapping[str, Any]) -> list[Tensor]:
+    """All flat tensors of a group; between steps ZeRO-3 leaves the group itself empty."""
+    engine = _engine(names, whole)
+    ours = {id(whole[name]) for name in names if name in whole}
+    if engine is None:
+        return []
+    return [
+        f
+        for f, group in zip(engine.fp32_partitioned_groups_flat, engine.fp16_groups, strict=True)
+        if id(group[0]) in ours
+    ]
+
+
+def _engine(names: list[str], whole: Mapping[str, Any]) -> Any:
+    return next((x for n in names if (x := getattr(whole.get(n), "_z3_optimizer", None)) is not None), None)
 
 
 def _check_engine(engine: object, name: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from safetensors import safe_open
+from torch import Tensor, nn
 
 
 def on_meta(source: str, architecture: str | None = None, *, trust_remote_code: bool = False) -> nn.Module:
@@ -38,3 +41,67 @@ def on_meta(source: str, architecture: str | None = None, *, trust_remote_code: 
         if is_model:
             return cls._from_config(config)
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def stored_names(folder: Path, pattern: str = "model*.safetensors") -> dict[str, Path]:
+    """Tensor name -> file, of the safetensors files in a folder."""
+    names: dict[str, Path] = {}
+    for file in sorted(folder.glob(pattern)):
+        with safe_open(file, framework="pt") as opened:
+            names.update(dict.fromkeys(opened.keys(), file))
+    return names
+
+
+def trained_weights(folder: str, names: list[str]) -> dict[str, Tensor]:
+    """Weights by parameter name, from a checkpoint's model files.
+
+    Args:
+        folder: with ``model*.safetensors`` or ``adapter_model.safetensors``.
+        names: of parameters, as the model in training calls them.
+
+    Raises:
+        ValueError: a name that neither the files nor the model built from them has.
+    """
+    path = Path(folder)
+    stored = stored_names(path)
+    for key, file in stored_names(path, "adapter_model.safetensors").items():
+        # PEFT leaves the adapter's name out of the files.
+        head, _, tail = key.rpartition(".")
+        stored[f"{head}.default.{tail}"] = stored[key] = file
+    out: dict[str, Tensor] = {}
+    for name in names:
+        if name in stored:
+            with safe_open(stored[name], framework="pt") as opened:
+                key = name if name in opened.keys() else name.replace(".default.", ".")  # noqa: SIM118
+                out[name] = opened.get_tensor(key)
+    lost = [name for name in names if name not in out]
+    if lost and (path / "config.json").is_file():
+        # Fused experts and the like: the files have the hub's layout, and the model's class knows how to read it.
+        config = transformers.AutoConfig.from_pretrained(folder)
+        cls = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+        found = dict(cls.from_pretrained(folder, dtype="auto").named_parameters())
+        out.update({name: found[name].detach() for name in lost if name in found})
+    lost = [name for name in names if name not in out]
+    if lost:
+        raise ValueError(f"{folder} holds no weights for {len(lost)} trained parameters, e.g. {lost[:3]}")
+    return out
+
+
+def write_model(folder: str, weights: Mapping[str, Tensor]) -> None:
+    """Save the model of ``folder/config.json`` with these weights beside it, in the hub's layout.
+
+    Raises:
+        ValueError: the model has more than these: frozen weights, or buffers that are part of it.
+    """
+    model: Any = on_meta(folder)
+    found = model.load_state_dict(dict(weights), strict=False, assign=True)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    lost = [name for name in found.missing_keys if name not in tied]
+    if lost or found.unexpected_keys:
+        raise ValueError(
+            f"{folder} holds no model, and its optimizer state lacks {lost[:3]} (or has too much: "
+            f"{found.unexpected_keys[:3]}). Remedy: save with stage3_gather_16bit_weights_on_model_save: true (ZeRO-3) "
+            "or fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+    model.tie_weights()
+    model.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Makes ``optim="muon"`` a valid choice of ``transformers.TrainingArguments``, and takes it back.
 
 transformers has no plugin point for optimizers, so this adds a member to its ``OptimizerNames`` enum and a handler to
-its table, and wraps four methods: ``Trainer.log`` adds ``muon/...`` to the training logs;
+its table, and wraps some functions: ``Trainer.log`` adds ``muon/...`` to the training logs;
 ``AcceleratedOptimizer.step`` counts the steps that a loss scaler skips; ``TrainingArguments.__post_init__`` and
 ``Trainer.get_optimizer_cls_and_kwargs`` refuse, as early as it can be known, a malformed ``optim_args`` and an engine
 that would train with something else. All of it is idempotent and undone by :func:`unregister`.
@@ -13,12 +13,14 @@ import functools
 import logging
 from typing import Any
 
+import transformers.trainer
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import MuonConfig
+from . import checkpoints
 from .engines import refuse_unsupported
 from .trainer import MuonFactory, arguments, find_muon
 
@@ -123,6 +125,8 @@ def _with_muon_metrics(original: Any) -> Any:
         # Training logs only: evaluation and the closing summary have no step of their own to describe.
         if optimizer is not None and "loss" in logs and "learning_rate" in logs:
             logs.update(optimizer.metrics())
+            # DeepSpeed finds an overflow itself, and then never calls the optimizer.
+            logs["muon/skipped_steps"] += getattr(getattr(self, "deepspeed", None), "skipped_steps", 0)
         original(self, logs, start_time)
 
     return log
@@ -174,4 +178,7 @@ _WRAPS: tuple[tuple[Any, str, Any], ...] = (
     (AcceleratedOptimizer, "step", _counting_scaler_skips),
     (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args),
     (TrainingArguments, "__post_init__", _with_early_checks),
+    (Trainer, "_load_from_checkpoint", checkpoints.with_whole_models),
+    (Trainer, "_load_optimizer_and_scheduler", checkpoints.with_any_fsdp_checkpoint),
+    (transformers.trainer, "deepspeed_load_checkpoint", checkpoints.with_any_deepspeed_checkpoint),
 )

@@ -20,13 +20,25 @@ def launch(out: Path, ranks: int, specs: list[dict], timeout: int = 600) -> dict
     command = [sys.executable, *(many if ranks > 1 else ["-m"]), "tests.distributed.worker", str(out), str(scenarios)]
     env = {
         **os.environ,
+        "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",  # ranks share the cores
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for DeepSpeed
     }
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with subprocess.Popen(
+        command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun takes its workers with it; killed, it would leave them hanging
+            stdout, stderr = process.communicate()
+            left = [
+                s["name"] for s in specs if not all((out / s["name"] / f"rank{r}.pt").exists() for r in range(ranks))
+            ]
+            raise AssertionError(f"still running after {timeout} s, in {left[:1]}: {stdout}{stderr[-6000:]}") from None
+    assert process.returncode == 0, stdout + stderr
     found = {
         spec["name"]: [torch.load(out / spec["name"] / f"rank{r}.pt", weights_only=True) for r in range(ranks)]
         for spec in specs
@@ -34,7 +46,7 @@ def launch(out: Path, ranks: int, specs: list[dict], timeout: int = 600) -> dict
     for spec in specs:
         for rank, result in enumerate(found[spec["name"]]):
             unexpected = "error" in result and not spec.get("fails")
-            assert not unexpected, f"{spec['name']}, rank {rank}: {result.get('error')}\n{done.stderr[-6000:]}"
+            assert not unexpected, f"{spec['name']}, rank {rank}: {result.get('traceback')}"
     return found
 
 

@@ -6,14 +6,22 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
 
 from tests import tiny
 
 GLOBAL_BATCH = 12
+VICTIM = "model.layers.1.mlp.down_proj"
+"""The Linear that faults happen to."""
 
 
-def model(kind: str, dtype: str):
-    """A seeded model: ``qwen2`` (tied), ``untied``, ``moe`` (fused experts), ``lora``, ``frozen``."""
+def model(kind: str, dtype: str, pretrained: str | None = None):
+    """A seeded model: ``qwen2`` (tied), ``untied``, ``wide`` (large matrices), ``moe`` (fused), ``lora``, ``frozen``.
+
+    ``pretrained`` is a folder to go through, as models for ZeRO-3 do.
+    """
+    if pretrained:
+        return transformers.AutoModelForCausalLM.from_pretrained(pretrained, dtype=getattr(torch, dtype))
     torch.manual_seed(0)
     if kind == "moe":
         from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
@@ -24,6 +32,8 @@ def model(kind: str, dtype: str):
             num_experts_per_tok=2, max_position_embeddings=128, router_aux_loss_coef=0.0,
         )  # fmt: skip
         made = Qwen2MoeForCausalLM(config)
+    elif kind == "wide":
+        made = tiny.qwen2(num_hidden_layers=1, intermediate_size=256)
     else:
         made = tiny.qwen2(tie_word_embeddings=kind != "untied")
     if kind == "frozen":
@@ -33,6 +43,57 @@ def model(kind: str, dtype: str):
 
         made = get_peft_model(made, LoraConfig(r=5, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     return made.to(getattr(torch, dtype))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class _Spoiled(torch.autograd.Function):
+    """The identity, whose gradient has a NaN in its first element."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[0, 0] = float("nan")
+        return grad
+
+
+class Faults(transformers.TrainerCallback):
+    """On one rank, in one step, the ``VICTIM`` is not used, or gets a NaN gradient; or all ranks change its weights.
+
+    Args:
+        model: what is trained.
+        fault: ``kind`` (``unused``, ``nan``, ``changed``), ``rank``, ``step``.
+    """
+
+    def __init__(self, model, fault: dict):
+        self.fault, self.now = fault, False
+        self.layer = model.get_submodule(VICTIM)
+        original = self.layer.forward
+
+        def forward(x):
+            if self.now and fault["kind"] == "unused":
+                return x.new_zeros(*x.shape[:-1], self.layer.out_features)
+            if self.now and fault["kind"] == "nan":
+                return torch.nn.functional.linear(x, _Spoiled.apply(self.layer.weight))
+            return original(x)
+
+        self.layer.forward = forward
+
+    def on_train_begin(self, *args, **kwargs):
+        if self.fault["kind"] == "changed":
+            weight = self.layer.weight
+            getattr(weight, "ds_tensor", weight).data.flatten()[:1].add_(1.0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        rank = int(os.environ.get("RANK", "0"))
+        self.now = rank == self.fault["rank"] and state.global_step == self.fault["step"]
 
 
 def deepspeed_config(spec: dict) -> dict | None:
@@ -110,7 +171,7 @@ def prepare(spec: dict) -> None:
         fresh = not AcceleratorState._shared_state
         _init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fresh and fsdp_plugin is not None:
-            self.distributed_type = DistributedType.FSDP
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin

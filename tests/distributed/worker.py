@@ -14,11 +14,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import Trainer, TrainingArguments
 
 import hf_muon
-from hf_muon.exchange.layout import span_on
 from hf_muon.integrations.trainer import find_muon
-from hf_muon.units import Unit
 from tests import tiny
-from tests.distributed import scenarios
+from tests.distributed import loops, scenarios
+from tests.distributed.record import Recorder, outcome
 
 hf_muon.register()
 
@@ -30,38 +29,13 @@ class SequentialTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def slices(unit: Unit, tensors) -> dict[str, tuple[int, torch.Tensor]]:
-    """name -> (first element, elements stored here); ``tensors`` by index of the parameter."""
-    storage = unit.storage
-    items = tensors.items() if isinstance(tensors, dict) else enumerate(tensors)
-    return {
-        unit.names[i]: (span_on(storage.placements[i], storage.rank, 0)[0], t.detach().clone().cpu()) for i, t in items
-    }
-
-
-class Recorder:
-    """Every gradient slice that reaches the optimizer, in order."""
-
-    def __init__(self, muon):
-        self.steps, self.muon = [], muon
-        for method in ("_step_muon", "_step_adamw"):
-            self._wrap(method)
-
-    def _wrap(self, method):
-        original = getattr(self.muon, method)
-
-        def wrapped(unit, *more):
-            self.steps.append({"lr": unit.group["lr"], "unit": unit.key, "grads": slices(unit, unit.grads)})
-            original(unit, *more)
-
-        setattr(self.muon, method, wrapped)
-
-
 def train(out: Path, spec: dict) -> dict:
     """One scenario; returns what the tests look at."""
-    model = scenarios.model(spec["model"], spec.get("dtype", "float32"))
     args = TrainingArguments(**scenarios.arguments(str(out / "run"), spec))
-    trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400))
+    # After the arguments, because under ZeRO-3 they make from_pretrained cut the parameters as it makes them.
+    model = scenarios.model(spec["model"], spec.get("dtype", "float32"), spec.get("pretrained"))
+    faults = [scenarios.Faults(model, spec["fault"])] if "fault" in spec else []
+    trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=faults)
     recorder = []
     if spec.get("record"):
         create = trainer.create_optimizer
@@ -75,26 +49,12 @@ def train(out: Path, spec: dict) -> dict:
         trainer.create_optimizer = recording
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     muon = find_muon(trainer.optimizer)
-    result = {
+    return {
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "world_size": args.world_size,
-        "steps": recorder[0].steps if recorder else [],
-        "weights": {},
-        "momentum": {},
-        "engine": "",
+        "overflows": getattr(trainer.model_wrapped, "skipped_steps", 0),  # DeepSpeed's count
+        **outcome(trainer.model, muon, recorder[0] if recorder else None),
     }
-    if muon is None:  # plain AdamW, for comparison
-        result["full"] = {n: p.detach().float().clone() for n, p in trainer.model.named_parameters()}
-        return result
-    for unit in muon._units.values():
-        storage = unit.storage
-        result["engine"] = storage.engine
-        result["weights"].update(slices(unit, unit.weights()))
-        if unit.exchange is not None:
-            result["momentum"].update(slices(unit, muon._momenta(unit)))
-    result["orthogonalized"] = muon.telemetry.orthogonalized
-    result["skipped"] = muon.telemetry.skipped_steps
-    return result
 
 
 def main(out: str, scenario_file: str) -> None:
@@ -103,13 +63,12 @@ def main(out: str, scenario_file: str) -> None:
     for spec in json.loads(Path(scenario_file).read_text()):
         folder = Path(out) / spec["name"]
         folder.mkdir(parents=True, exist_ok=True)
+        spec = {**spec, **spec.get("by_rank", {}).get(str(rank), {})}
         scenarios.prepare(spec)
         try:
-            result = train(folder, spec)
+            result = loops.run(spec) if "loop" in spec else train(folder, spec)
         except Exception as error:
-            if not spec.get("fails"):
-                traceback.print_exc()
-            result = {"error": f"{type(error).__name__}: {error}"}
+            result = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         torch.save(result, folder / f"rank{rank}.pt")
         for state in (AcceleratorState, GradientState):
             state._reset_state()
