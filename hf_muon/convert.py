@@ -1,7 +1,8 @@
 """States of other Muons as ours, and back. The two momentum forms differ by a factor and nothing else.
 
-Ours and Moonlight's buffer is the sum ``M <- mu M + G``; torch.optim.Muon's is the average ``B <- mu B + (1 - mu) G``,
-so ``M = B / (1 - mu)``. Under Nesterov both orthogonalize the same direction, and Newton-Schulz does not see the factor.
+Our and Moonlight's buffer is the sum ``M <- mu M + G``; that of torch.optim.Muon is the average
+``B <- mu B + (1 - mu) G``, so ``M = B / (1 - mu)``. Under Nesterov both orthogonalize the same direction, and
+Newton-Schulz does not see the factor.
 """
 
 from __future__ import annotations
