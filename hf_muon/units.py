@@ -137,6 +137,8 @@ def _take_gradients(unit: Unit) -> None:
     # torch's chained schedulers end at -1e-21 where they mean 0, and AdamW takes that too.
     checks.number("lr", unit.group["lr"], -1e-12)
     storage = unit.storage
+    if storage.problem:
+        raise LayoutError(storage.problem)
     unit.grads = {}
     for name, p in zip(unit.names, storage.holders, strict=False):
         if p.grad is not None:

@@ -30,11 +30,12 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, Te
     # over the slower network that such a mesh is made for.
     dimension = mesh.ndim - 1
     rank, ranks = mesh.get_local_rank(dimension), mesh.size(dimension)
+    problem = ""
     placements = tuple(even_placement(p.numel(), ranks, prod(p.shape[1:])) for p in found)
     for name, p, placement in zip(names, found, placements, strict=True):
         start, stop = span_on(placement, rank, p.numel())
         if (here := p.to_local().numel()) != stop - start:
-            raise LayoutError(f"{name}: rank {rank} of {ranks} holds {here} elements, not {stop - start}")
+            problem = f"{name}: rank {rank} of {ranks} holds {here} elements, not {stop - start}"
     device = torch.device("cpu")
     if mesh.device_type != "cpu":  # shards may be offloaded, and are computed on the device all the same
         device = torch.device(mesh.device_type, torch.accelerator.current_device_index())
@@ -45,6 +46,7 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, Te
         placements=placements,
         flat=_flat,
         device=device,
+        problem=problem,
         rank=rank,
         ranks=ranks,
         group=mesh.get_group(dimension),

@@ -37,6 +37,8 @@ class Storage:
     """Where each member's part begins in a flat holder; None if every member has a holder of its own."""
     part: int = 0
     """Which of the engine's flat tensors the holder is, where it makes several of one group."""
+    problem: str = ""
+    """What contradicts this layout on this rank: an error that all ranks must hear of, or the others would wait."""
     rank: int = 0
     ranks: int = 1
     group: Any = None

@@ -51,7 +51,7 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
         (offset + a - rank * flat.numel(), offset + b - rank * flat.numel()) if b > a else (0, 0)
         for offset, (a, b) in zip(offsets, spans, strict=True)
     ]
-    _check_values(flat, [names[i] for i in trained], list(trained.values()), spans, slices)
+    problem = _check_values(flat, [names[i] for i in trained], list(trained.values()), spans, slices)
     return Storage(
         engine="zero",
         members=tuple(trained),
@@ -60,6 +60,7 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
         flat=lambda tensors: [None if tensors[0] is None else tensors[0][a:b] for a, b in slices],
         device=first.device,
         offsets=tuple(a for a, _ in slices),
+        problem=problem,
         rank=rank,
         ranks=ranks,
         group=group,
@@ -72,13 +73,14 @@ def _check_values(
     params: list[Tensor],
     spans: list[tuple[int, int]],
     slices: list[tuple[int, int]],
-) -> None:
+) -> str:
     """That the master weights are those of the parameters that should lie there: the layout is inferred, not given."""
     for name, p, (a, b), (begin, end) in zip(names, params, spans, slices, strict=True):
         ours = flat.detach()[begin:end].to(device=p.device, dtype=p.dtype)
         if not torch.equal(ours.nan_to_num(), p.detach().reshape(-1)[a:b].nan_to_num()):
-            raise LayoutError(
+            return (
                 f"the weights of {name} are not where DeepSpeed's flat buffer should hold them. Either this DeepSpeed "
                 "lays parameters out in an unknown way, or weights were changed after deepspeed.initialize, where its "
                 "master weights would overwrite them; nothing has been changed"
             )
+    return ""

@@ -32,7 +32,7 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     placements = tuple(even_placement(p.ds_numel, ranks) for p in members)
     begins = [0, *accumulate(p.partition_numel() for p in members)]
-    slices = []
+    slices, problem = [], ""
     for p, placement, begin in zip(members, placements, begins, strict=False):
         name = names[position[id(p)]]
         a, b = span_on(placement, rank, p.ds_numel)
@@ -41,7 +41,9 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
         slices.append((begin, begin + b - a))
         ours = flat.detach()[begin : begin + b - a].to(device=p.ds_tensor.device, dtype=p.ds_tensor.dtype)
         if not torch.equal(ours.nan_to_num(), p.ds_tensor.detach()[: b - a].nan_to_num()):
-            raise LayoutError(f"the weights of {name} are not where ZeRO-3's sub-group should hold them")
+            problem = (
+                f"the weights of {name} are not where ZeRO-3's sub-group should hold them; nothing has been changed"
+            )
     return Storage(
         engine="zero3",
         members=tuple(position[id(p)] for p in members),
@@ -51,6 +53,7 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
         device=members[0].device,
         offsets=tuple(a for a, _ in slices),
         part=index,
+        problem=problem,
         rank=rank,
         ranks=ranks,
         group=group,

@@ -32,6 +32,12 @@ def refuse_unsupported(args: Any = None) -> None:
             f"optim='muon' and an \"optimizer\" section ({name}) in the DeepSpeed config: {why}. "
             "Remedy: remove that section; learning rate, betas, eps and weight decay come from TrainingArguments"
         )
+    zero = (config or {}).get("zero_optimization", {})
+    if zero.get("elastic_checkpoint") or (config or {}).get("checkpoint", {}).get("load_universal"):
+        raise RuntimeError(
+            "optim='muon' with DeepSpeed's elastic or universal checkpoints, which keep only Adam's moments. Remedy: "
+            "turn them off; python -m hf_muon consolidate makes a checkpoint for any engine and number of ranks"
+        )
     if (kind == "FSDP" or _wants_fsdp(args)) and _fsdp_version(args) == 1:
         raise RuntimeError(
             "optim='muon' and FSDP version 1, which flattens parameters so that no matrix is left: set fsdp_version: 2 "
