@@ -181,14 +181,19 @@ class Muon(Optimizer):
         """The units that this call must step, after every check; none if nothing may change."""
         # DeepSpeed calls this group by group, and ZeRO-3 leaves the other groups empty meanwhile.
         units = [self._unit(group) for group in self.param_groups if group["params"]]
-        any_gradient, finite = ready(units)
-        if not any_gradient:
+        verdict = ready(units, look_for_zero=not self.state)
+        if not verdict.any:
+            return []
+        if verdict.zero:
+            # Nobody trains with zeros from the start: an engine (DCP, DeepSpeed without ZeRO) wants the state to exist.
+            for unit in units:
+                self._adam_state(unit) if unit.exchange is None else self._momenta(unit)
             return []
         for unit in units:
             unit.seen = True
             rate = "muon/lr" if unit.exchange is not None else "muon/adamw_lr"
             self.telemetry.start(unit.key, Record(unit.kinds, unit.weights(), (rate, unit.group["lr"])))
-        if finite:
+        if verdict.finite:
             return units
         self.telemetry.record_skip(*non_finite(units))
         for unit in units:
@@ -235,15 +240,20 @@ class Muon(Optimizer):
         buffers = [self.state[p].get("momentum_buffer") if p in self.state else None for p in holders]
         return {i: m for i, m in enumerate(unit.storage.flat(buffers)) if m is not None}
 
-    def _step_adamw(self, unit: Unit) -> None:
-        storage, group = unit.storage, unit.group
-        params = [p for p in storage.holders if p.grad is not None]
-        grads = [p.grad for p in params if p.grad is not None]
+    def _adam_state(self, unit: Unit) -> list[Tensor]:
+        """The holders that have a gradient, with AdamW's state made where it is missing."""
+        params = [p for p in unit.storage.holders if p.grad is not None]
         for p in params:
             if not self.state[p]:
                 self.state[p]["step"] = torch.zeros((), dtype=torch.float32)  # bfloat16 cannot count past 256
                 self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return params
+
+    def _step_adamw(self, unit: Unit) -> None:
+        storage, group = unit.storage, unit.group
+        params = self._adam_state(unit)
+        grads = [p.grad for p in params if p.grad is not None]
         update.adamw_(
             [storage.local(p) for p in params],
             [storage.local(grad) for grad in grads],

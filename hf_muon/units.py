@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,22 +104,32 @@ def build(group: dict[str, Any], whole: Mapping[str, Tensor], process_group: Any
     )
 
 
-def ready(units: Sequence[Unit]) -> tuple[bool, bool]:
-    """Check everything before anything changes, on all ranks alike.
+class Verdict(NamedTuple):
+    """What all ranks know of a step's gradients."""
 
-    Returns:
-        Whether there is any gradient, and whether all of them are finite, on every rank.
+    any: bool
+    """There is one."""
+    finite: bool
+    """None holds a NaN, an infinity or more than the momentum can sum."""
+    zero: bool
+    """All are exactly zero (not looked at unless asked)."""
+
+
+def ready(units: Sequence[Unit], *, look_for_zero: bool = False) -> Verdict:
+    """Check everything before anything changes, on all ranks alike.
 
     Raises:
         RuntimeError: a gradient that cannot be used, here or on another rank; ranks that disagree about layouts,
             options or which parameters have gradients. All ranks raise.
     """
     error: Exception | None = None
-    finite = True
+    finite, zero = True, False
     try:
         for unit in units:
             _take_gradients(unit)
-        finite = checks.all_finite([grad for unit in units for grad in unit.grads.values()])
+        grads = [grad for unit in units for grad in unit.grads.values()]
+        finite = checks.all_finite(grads)
+        zero = look_for_zero and not any(bool(grad.any()) for grad in grads)
     except (RuntimeError, TypeError, ValueError) as caught:
         error = caught
     together: dict[int, list[Unit]] = {}
@@ -127,10 +137,10 @@ def ready(units: Sequence[Unit]) -> tuple[bool, bool]:
         if unit.storage.ranks > 1:
             together.setdefault(id(unit.storage.group), []).append(unit)
     for same in together.values():
-        finite = _agree(same, error, finite) and finite
+        finite, zero = _agree(same, error, finite, zero)
     if error is not None:
         raise error
-    return any(unit.grads for unit in units), finite
+    return Verdict(any(unit.grads for unit in units), finite, zero)
 
 
 def _take_gradients(unit: Unit) -> None:
@@ -146,8 +156,8 @@ def _take_gradients(unit: Unit) -> None:
     unit.grads = {i: g for i, g in enumerate(storage.flat([p.grad for p in storage.holders])) if g is not None}
 
 
-def _agree(units: list[Unit], error: Exception | None, finite: bool) -> bool:
-    """One small collective: whether the gradients of all ranks are finite; raises on all ranks if they disagree."""
+def _agree(units: list[Unit], error: Exception | None, finite: bool, zero: bool) -> tuple[bool, bool]:
+    """One small collective: whether all ranks' gradients are finite, and zero; raises on all ranks if they disagree."""
     storage = units[0].storage
     present = [sorted(unit.grads) for unit in units]
     options = [{k: v for k, v in u.group.items() if k not in (*checks.STRUCTURE, "shards")} for u in units]
@@ -157,14 +167,14 @@ def _agree(units: list[Unit], error: Exception | None, finite: bool) -> bool:
         zlib.crc32(repr(present).encode()),
         0 if error is not None else _replica_digest([u for u in units if u.storage.engine == "ddp" and not u.seen]),
     ]
-    values = [error is not None, not finite, *digests, *(-d for d in digests)]
-    failed, bad, *both = collectives.maximum([int(v) for v in values], storage.device, storage.group)
+    values = [error is not None, not finite, not zero, *digests, *(-d for d in digests)]
+    failed, bad, some, *both = collectives.maximum([int(v) for v in values], storage.device, storage.group)
     if failed:
         raise error or RuntimeError("another rank cannot take this step and says why; nothing has been changed here")
     differ = [high != -low for high, low in zip(both[: len(digests)], both[len(digests) :], strict=True)]
     if any(differ):
         _explain(units, differ, options, present)
-    return not bad
+    return not bad, not some
 
 
 def _replica_digest(units: list[Unit]) -> int:

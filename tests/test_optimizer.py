@@ -136,11 +136,25 @@ def test_the_logical_shape_decides_the_scale_of_a_transposed_weight():
 
 def test_zero_gradient_changes_nothing_but_the_decay():
     p = _param(8, 8)
+    optimizer = Muon([p], lr=0.1, weight_decay=0.5, momentum=0.0)
+    _grads([p], 0)
+    optimizer.step()
     start = p.detach().clone()
-    optimizer = Muon([p], lr=0.1, weight_decay=0.5)
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert torch.equal(p, start * (1 - 0.1 * 0.5))
+
+
+def test_zeros_before_the_first_step_make_the_state_and_change_nothing():
+    # torch.distributed.checkpoint and DeepSpeed without ZeRO step once with zero gradients to have a state to fill.
+    params, optimizer = _mixed()
+    start = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(p, s) for p, s in zip(params, start, strict=True))
+    assert all(optimizer.state[p] for p in params) and optimizer.state[params[4]]["step"] == 0
+    assert "muon/update_rms" not in optimizer.metrics()
 
 
 def test_a_parameter_without_a_gradient_is_left_alone():
