@@ -165,6 +165,7 @@ class Muon(Optimizer):
                 change = change.to(weights[i].device)
                 update.apply_(weights[i][a:b], change, lr, decay)  # storage: W <- W - lr (change + decay W)
                 record.update(unit.kinds[i], change)
+            results, change = [], wire  # what is left of this turn must not outlive it
         unit.storage.write_back(weights)
 
     def _orthogonalize(self, stack: Stack, group: dict[str, Any]) -> Tensor:

@@ -123,9 +123,7 @@ def plan(
                 [layouts[i] for i in unit], _placements([members[i] for i in unit], engine, sharing), sharing
             )
             budget = max(1, config.exchange_bytes // size)
-            sent = [
-                a + size * b for a, b in zip(sent, traffic(jobs, sharing, budget) * (ranks // sharing), strict=True)
-            ]
+            sent = [a + size * b for a, b in zip(sent, traffic(jobs, sharing) * (ranks // sharing), strict=True)]
             costs = work(jobs, sharing) * (ranks // sharing)
             operations = [a + config.ns_steps * b for a, b in zip(operations, costs, strict=True)]
             transient = max(transient, _transient(plan_turns(jobs, sharing, budget), sharing, size))
@@ -184,12 +182,10 @@ def _transient(turns: Sequence[tuple[Job, ...]], ranks: int, size: int) -> int:
 
     Before: slices, those that arrive, joined matrices and stacks of them. In it: stacks, results, and for a chunk of
     them two copies in float32. After: results, their elements in order, and the messages; and what one slice needs in
-    float32 while it is made or applied. The results and the last message of the turn before are still there until
-    those of this one are made.
+    float32 while it is made or applied.
     """
     largest = max((job.numel for turn in turns for job in turn), default=0)
     peak = 0
-    kept: dict[int, int] = {}
     for turn in turns:
         held: Counter[int] = Counter()
         sent: Counter[int] = Counter()
@@ -203,15 +199,14 @@ def _transient(turns: Sequence[tuple[Job, ...]], ranks: int, size: int) -> int:
                     sent[rank] += stop - start
                     came[job.owner] += stop - start
         replicated = ranks > 1 and any(job.holders == REPLICATED for job in turn)
-        gathered = (ranks + 1) * max(owned.values()) if replicated else 0
+        gathered = 2 * max(owned.values()) if replicated else 0
         for rank in {*held, *owned}:
             own, arrives, leaves = owned[rank], came[rank], sent[rank]
             chunk = min(own, max(MAX_ELEMENTS, largest))
-            before = size * (kept.get(rank, 0) + held[rank] + arrives + 2 * own) + 4 * largest
-            within = size * (kept.get(rank, 0) + 2 * own + arrives + chunk) + 8 * chunk
+            before = size * (held[rank] + arrives + 2 * own) + 4 * largest
+            within = size * (2 * own + arrives + chunk) + 8 * chunk
             after = size * (2 * own + arrives + leaves + gathered) + 4 * largest
             peak = max(peak, before, within, after)
-        kept = {rank: owned[rank] + sent[rank] + gathered for rank in range(ranks)}
     return peak
 
 

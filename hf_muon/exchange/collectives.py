@@ -9,9 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 has renamed it.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 def all_to_all(outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[int], like: Tensor, group: Any) -> list[Tensor]:
     """Send the 1-D tensors ``outgoing[r]`` to each rank r; returns what came, ``incoming[r]`` elements from each."""
@@ -29,13 +26,10 @@ def all_to_all(outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[int], li
     return list(received.split(list(incoming)))
 
 
-def all_gather(own: Sequence[Tensor], lengths: Sequence[int], like: Tensor, group: Any) -> list[Tensor]:
-    """Everybody's 1-D tensors, joined, ``lengths[r]`` elements from rank r; padded to the longest on the way."""
-    longest = max(lengths)
-    send = torch.cat([*own, like.new_zeros(longest - sum(t.numel() for t in own))])
-    received = like.new_empty(len(lengths) * longest)
-    _all_gather(received.view(torch.uint8), send.view(torch.uint8), group=group)
-    return [part[:n] for part, n in zip(received.split(longest), lengths, strict=True)]
+def broadcast(values: Tensor, source: int, group: Any) -> Tensor:
+    """The 1-D tensor of rank ``source`` of the group, on all of them; in place."""
+    dist.broadcast(values.view(torch.uint8), group_src=source, group=group)
+    return values
 
 
 def maximum(values: Sequence[int], device: torch.device, group: Any) -> list[int]:

@@ -164,13 +164,18 @@ class Turn:
                 yield piece, received[job.owner][begin : at[job.owner]]
 
     def _to_all(self, done: dict[Job, Tensor], like: Tensor) -> Iterator[tuple[Slice, Tensor]]:
+        """One owner after the other sends its updates to all: nothing is padded, and one owner's share is held."""
         owned: list[list[Job]] = [[] for _ in range(self.exchange.ranks)]
         for job in self.jobs:
             owned[job.owner].append(job)
-        lengths = [sum(job.numel for job in jobs) for jobs in owned]
-        own = [done[job] for job in owned[self.exchange.rank]]
-        for jobs, buffer in zip(owned, collectives.all_gather(own, lengths, like, self.exchange.group), strict=True):
-            for job, part in zip(jobs, buffer.split([job.numel for job in jobs]), strict=True):
+        for owner, jobs in enumerate(owned):
+            if not jobs:
+                continue
+            sizes = [job.numel for job in jobs]
+            mine = owner == self.exchange.rank
+            updates = torch.cat([done.pop(job) for job in jobs]) if mine else like.new_empty(sum(sizes))
+            collectives.broadcast(updates, owner, self.exchange.group)
+            for job, part in zip(jobs, updates.split(sizes), strict=True):
                 yield Slice(job.param, job.start, job.stop), part
 
 
@@ -201,7 +206,7 @@ def _stack(members: list[_Member], whole: dict[Job, Tensor]) -> Tensor:
 def _unstack(members: list[_Member], stack: Tensor, done: dict[Job, Tensor]) -> None:
     """Write each member's matrices back into the row-major elements of its job."""
     for (job, index, _), part in zip(members, stack.split([n for _, _, n in members]), strict=True):
-        if not job.layout.sizes:  # one piece: nothing to interleave with
+        if not job.layout.sizes and not job.layout.heads:  # one piece: nothing to interleave with
             done[job] = part.reshape(-1)
             continue
         if job not in done:

@@ -177,23 +177,22 @@ def work(jobs: Sequence[Job], ranks: int) -> list[int]:
     return out
 
 
-def traffic(jobs: Sequence[Job], ranks: int, budget: int) -> list[int]:
+def traffic(jobs: Sequence[Job], ranks: int) -> list[int]:
     """Elements that each rank sends in one optimizer step: slices to owners, updates back to storage.
 
-    Multiply by the bytes of an element on the wire. Of replicated parameters every owner sends its updates to all
-    other ranks, padded to the largest in the turn.
+    Multiply by the bytes of an element on the wire. The updates of replicated parameters go around a ring: every rank
+    but the one before the owner passes them on.
     """
     sent = [0] * ranks
-    for turn in plan_turns(jobs, ranks, budget):
-        owned = [0] * ranks
-        for job in turn:
-            for span in job.holders:
-                if span.rank != job.owner:
-                    sent[span.rank] += span.stop - span.start
-                    sent[job.owner] += span.stop - span.start
-            owned[job.owner] += job.numel if job.holders == REPLICATED else 0
-        sent = [s + (ranks - 1) * max(owned) for s in sent]
-    return sent
+    last = [0] * ranks
+    for job in jobs:
+        for span in job.holders:
+            if span.rank != job.owner:
+                sent[span.rank] += span.stop - span.start
+                sent[job.owner] += span.stop - span.start
+        last[job.owner - 1] += job.numel if job.holders == REPLICATED else 0
+    replicated = sum(last)
+    return [s + replicated - x for s, x in zip(sent, last, strict=True)] if ranks > 1 else sent
 
 
 def elements(layouts: Sequence[MatrixLayout]) -> int:

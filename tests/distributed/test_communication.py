@@ -1,6 +1,7 @@
 """What a step sends, computes and stores, counted on real ranks of every engine, against the plan."""
 
 import os
+from functools import cache
 
 import comm_report
 import pytest
@@ -11,16 +12,20 @@ pytestmark = pytest.mark.distributed
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def measured(request):
-    return request.param, comm_report.run(request.param)
+# ZeRO-2 differs from ZeRO-1 in when gradients are reduced, so once is enough.
+CASES = [(2, engine) for engine in comm_report.ENGINES] + [(3, e) for e in comm_report.ENGINES if e != "zero2"]
 
 
-@pytest.fixture(params=comm_report.ENGINES)
-def case(measured, request):
+@cache
+def measured(ranks):
+    return comm_report.run(ranks, [engine for n, engine in CASES if n == ranks])
+
+
+@pytest.fixture(params=CASES, ids=[f"{engine}-{ranks}" for ranks, engine in CASES])
+def case(request):
     """ranks, engine, and for two model sizes Muon's numbers by rank with the plan's; AdamW's for the smaller."""
-    ranks, found = measured
-    engine = request.param
+    ranks, engine = request.param
+    found = measured(ranks)
     muon = [(found[engine, "muon", n], comm_report.predict(engine, ranks, n)) for n in comm_report.LAYERS]
     return ranks, engine, muon, found[engine, "adamw", comm_report.LAYERS[0]]
 
@@ -48,15 +53,16 @@ def test_the_extra_is_within_the_bounds(case):
     (rows, _), _ = muon
     extra = sum(row["matrices"] for row in rows) / ranks
     sent = sum(row["outside"] for row in adamw) / ranks
-    elements = sum(
-        p.numel() for _, p in hf_muon.param_groups(comm_report.small_model(comm_report.LAYERS[0]))[0]["params"]
-    )
+    groups = hf_muon.param_groups(comm_report.small_model(comm_report.LAYERS[0]))
+    elements = sum(p.numel() for _, p in groups[0]["params"])
     if engine in ("zero1", "zero2"):
         assert extra <= 0.25 * sent  # section 2.3 of the paper
+    elif engine == "ddp":
+        # Updates of two bytes, to all others; with so few matrices in a turn, padding to the longest is seen.
+        assert extra <= 1.25 * 2 * (ranks - 1) / ranks * elements
     else:
-        # There and back (DDP: updates only, to all others), two bytes each, of what the owner does not hold.
-        share = ranks if engine == "ddp" else 2
-        assert extra <= share * 2 * (ranks - 1) / ranks * elements / ranks * (1.1 if engine == "ddp" else 1)
+        # There and back, two bytes each, of what the owner does not hold.
+        assert extra <= 2 * 2 * (ranks - 1) / ranks * elements / ranks
     assert max(row["small"] for row in rows) <= 512
 
 
@@ -67,7 +73,7 @@ def test_each_matrix_is_orthogonalized_on_one_rank(case):
 
 
 def test_momentum_is_all_the_state_and_half_of_adamws(case):
-    ranks, engine, muon, adamw = case
+    _, _, muon, adamw = case
     (rows, plan), _ = muon
     assert [2 * row["state"] for row in rows] == [row["state"] for row in adamw]
     assert max(row["state"] for row in rows) == plan.adamw_state_bytes - plan.state_bytes, "float32, once per element"
@@ -77,4 +83,4 @@ def test_transient_memory_keeps_its_bound_and_does_not_grow_with_the_model(case)
     _, _, muon, _ = case
     peaks = [max(row["peak"] for row in rows) for rows, _ in muon]
     assert all(peak <= plan.transient_bytes for peak, (_, plan) in zip(peaks, muon, strict=True))
-    assert peaks[1] <= 1.3 * peaks[0], "four times as many layers; turns are filled a little better"
+    assert peaks[1] <= 1.3 * peaks[0], "three times as many layers; turns are filled a little better"
