@@ -196,8 +196,9 @@ Bytes that leave one rank in one optimizer step (mean over the ranks unless it s
 collectives: this package's, DeepSpeed's, those of DDP's reducer and of FSDP2. Conventions for N ranks: an all-reduce of
 B bytes sends 2 (N - 1) / N B per rank, a reduce-scatter or all-gather (N - 1) / N B of the full buffer, a broadcast
 B from every rank but the last of its ring, an all-to-all what leaves the rank. The model is a Qwen2 of {layers} layers
-and width 48; gradients and weights travel in bfloat16 (DDP: float32), momentum-applied gradients and updates in bfloat16.
-DeepSpeed all-reduces gradients under ZeRO-1 and -2 (`use_multi_rank_bucket_allreduce`), more than the reduce-scatter of the plan.
+and width 48; gradients and weights travel in bfloat16 (DDP: float32), momentum-applied gradients and updates in
+bfloat16. DeepSpeed all-reduces gradients under ZeRO-1 and -2 (`use_multi_rank_bucket_allreduce`), more than the
+reduce-scatter of the plan.
 
 * *extra*: what Muon's matrices add, to their owners and back; *plan*: whether `hf_muon.plan` says the same number of
   bytes for every rank.
