@@ -41,6 +41,10 @@ def make(groups: Sequence[Mapping[str, Any]], state: State, weights: Mapping[str
     ids: dict[str, int] = {}
     packed = []
     for group in groups:
+        if "param_names" not in group:
+            raise ValueError(
+                "this optimizer's parameters have no names: build its groups with hf_muon.param_groups(model)"
+            )
         names = list(group["param_names"])
         ids.update({name: len(ids) + i for i, name in enumerate(names)})
         packed.append({k: v for k, v in group.items() if k != "shards"} | {"params": [ids[name] for name in names]})

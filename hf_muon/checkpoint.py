@@ -21,6 +21,7 @@ from torch import Tensor
 from . import canonical, checks
 
 OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULE_FILE = "scheduler.pt"
 # What belongs to one engine's own form; the model's files, the schedule and the Trainer's state are copied.
 _ENGINE_FILES = re.compile(r"^(global_step\d+|latest|zero_to_(fp32|torch)\.py|optimizer.*|pytorch_model_fsdp.*)$")
 
@@ -40,9 +41,9 @@ def read(folder: str | Path) -> dict[str, Any]:
         ValueError: another optimizer's state, or shards that do not make up whole parameters.
     """
     folder = Path(folder)
-    steps = sorted(folder.glob("global_step*"), key=lambda p: int(p.name.removeprefix("global_step") or 0))
-    if steps:
-        return _read_zero(steps[-1])
+    zero = zero_folder(folder)
+    if zero is not None:
+        return _read_zero(zero)
     for name, directory in (("optimizer.bin", False), ("optimizer_0", True)):
         if (folder / name).exists():
             model = folder / ("pytorch_model_fsdp_0" if directory else "pytorch_model_fsdp.bin")
@@ -56,6 +57,15 @@ def read(folder: str | Path) -> dict[str, Any]:
     if canonical.is_canonical(state_dict):
         return state_dict
     return canonical.make(state_dict["param_groups"], canonical.by_name(state_dict), {})
+
+
+def zero_folder(folder: str | Path) -> Path | None:
+    """Where DeepSpeed keeps the state of a checkpoint: what its ``latest`` names, for older ones may lie beside it."""
+    folder = Path(folder)
+    latest = folder / "latest"
+    if latest.is_file():
+        return folder / latest.read_text().strip()
+    return max(folder.glob("global_step*"), key=lambda p: p.stat().st_mtime, default=None)
 
 
 def consolidate(
@@ -86,6 +96,12 @@ def consolidate(
     missing = [n for g in state["param_groups"] for n in g["param_names"] if n not in state["weights"]]
     if weights is not None and missing:
         state["weights"].update(weights(missing))
+    missing = [name for name in missing if name not in state["weights"]]
+    if missing:
+        raise ValueError(
+            f"{folder} keeps the weights of {missing[0]} and others in the model's files only: give `weights` to read "
+            "them, as python -m hf_muon consolidate does"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -94,6 +110,9 @@ def consolidate(
                 (shutil.copytree if path.is_dir() else shutil.copy2)(path, partial / path.name)
         if write_model is not None and not any(partial.glob("*.safetensors")):
             write_model(str(partial), state["weights"])
+        schedule = _zero_schedule(folder)
+        if schedule and not (partial / SCHEDULE_FILE).exists():
+            torch.save(schedule, partial / SCHEDULE_FILE)
         torch.save(state, partial / OPTIMIZER_FILE)
         partial.chmod(0o755)
         partial.rename(out)
@@ -177,13 +196,21 @@ def _read_zero(folder: Path) -> dict[str, Any]:
     return canonical.make(groups, state, weights)
 
 
+def _zero_schedule(folder: Path) -> Any:
+    """The state of a schedule of DeepSpeed's own, which it keeps beside the model."""
+    zero = zero_folder(folder)
+    file = next(iter(sorted(zero.glob("*_model_states.pt"))), None) if zero is not None else None
+    return _load(file).get("lr_scheduler") if file is not None else None
+
+
 def check_zero(folder: str | Path) -> None:
     """That a DeepSpeed checkpoint, if there is one in ``folder``, holds this package's optimizer.
 
     Raises:
         ValueError: another optimizer's. DeepSpeed itself would find something else to say, or nothing.
     """
-    file = next(iter(sorted(Path(folder).glob("global_step*/*zero_pp_rank_*_optim_states.pt"))), None)
+    zero = zero_folder(folder)
+    file = next(iter(sorted(zero.glob("*zero_pp_rank_*_optim_states.pt"))), None) if zero is not None else None
     if file is not None:
         saved = _load(file)["optimizer_state_dict"]
         base = saved.get("base_optimizer_state") or saved["optimizer_state_dict"]

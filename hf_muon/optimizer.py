@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,7 +20,7 @@ from .exchange.exchange import Exchange, Stack
 from .matrices import MatrixLayout
 from .orthogonalize import newton_schulz
 from .telemetry import Record, Telemetry
-from .units import Unit, build, non_finite, ready
+from .units import Unit, build, forget, non_finite, ready
 
 logger = logging.getLogger("hf_muon")
 
@@ -183,17 +184,17 @@ class Muon(Optimizer):
         # DeepSpeed calls this group by group, and ZeRO-3 leaves the other groups empty meanwhile.
         units = [self._unit(group) for group in self.param_groups if group["params"]]
         verdict = ready(units, look_for_zero=not self.state)
-        if not verdict.any:
-            return []
         if verdict.zero:
             # Nobody trains with zeros from the start: an engine (DCP, DeepSpeed without ZeRO) wants the state to exist.
             for unit in units:
                 self._adam_state(unit) if unit.exchange is None else self._momenta(unit)
+        if verdict.zero or not verdict.any:
+            forget(units)
             return []
         for unit in units:
             unit.seen = True
             rate = "muon/lr" if unit.exchange is not None else "muon/adamw_lr"
-            self.telemetry.start(unit.key, Record(unit.kinds, unit.weights(), (rate, unit.group["lr"])))
+            self.telemetry.start(unit.key, Record(unit.kinds, unit.weights, (rate, unit.group["lr"])))
         if verdict.finite:
             return units
         self.telemetry.record_skip(*non_finite(units))
@@ -205,7 +206,7 @@ class Muon(Optimizer):
         storage = unit.storage
         if storage.sharded:
             self.telemetry.record(unit.key).share(lambda x: collectives.total(x, storage.group), storage.device)
-        unit.grads = {}
+        forget([unit])
 
     def _unit(self, group: dict[str, Any]) -> Unit:
         """How ``group`` is stored now; recognised anew whenever its tensors are others than before."""
@@ -218,7 +219,7 @@ class Muon(Optimizer):
             # Travels in the engine's own checkpoint, where it says which elements its flat tensors hold.
             saved = group.setdefault("shards", {}).setdefault(unit.storage.part, unit.shards)
             if [tuple(x) for x in saved] != unit.shards:
-                raise engines.LayoutError(checks.other_layout(unit.names[0]))
+                unit.storage = replace(unit.storage, problem=checks.other_layout(unit.names[0]))
         return unit
 
     def _budget(self, group: dict[str, Any]) -> int:

@@ -15,9 +15,9 @@ logger = logging.getLogger("hf_muon")
 class Record:
     """The numbers of one step of one unit: sums that stay on the device until they are asked for."""
 
-    def __init__(self, kinds: Sequence[str], weights: Sequence[Tensor], rate: tuple[str, float]) -> None:
+    def __init__(self, kinds: Sequence[str], weights: Callable[[], Sequence[Tensor]], rate: tuple[str, float]) -> None:
         self.kinds = tuple(kinds)
-        self.weights = tuple(weights)
+        self.weights = weights  # asked for when needed: engines replace storage, and it must not be kept alive here
         self.rate = rate
         self._squares: dict[str, list[Tensor]] = {}
         self._counts: dict[str, int] = {}
@@ -54,7 +54,7 @@ class Record:
         """Sums of squares of this rank's weights as they are now, and how many there are."""
         squares: dict[str, Tensor] = {}
         counts = dict.fromkeys(self.kinds, 0)
-        for kind, weight in zip(self.kinds, self.weights, strict=True):
+        for kind, weight in zip(self.kinds, self.weights(), strict=True):
             if weight.numel():
                 square = _norm(weight.detach()).square()
                 squares[kind] = squares[kind] + square.to(squares[kind].device) if kind in squares else square
@@ -67,7 +67,7 @@ class Record:
         if self._shared is not None:
             return {kind: tuple(row) for kind, row in zip(kinds, self._shared.tolist(), strict=True)}
         squares, counts = self.weight_squares()
-        device = self.weights[0].device
+        device = self.weights()[0].device
         sums = [_sum(self._squares.get(kind, ()), device) for kind in kinds]
         sums += [_sum([squares[kind]] if kind in squares else (), device) for kind in kinds]
         numbers = torch.stack(sums).tolist()
@@ -84,7 +84,7 @@ class Telemetry:
         self.skipped_steps = 0
         """Steps that changed nothing because a gradient was not finite."""
         self.skipped_matrices = 0
-        """Matrices whose gradient was not finite when the optimizer saw it, summed over those steps. Clipping by the
+        """Matrices whose gradient was not finite where this rank stores it, summed over those steps. Clipping by the
         global norm spreads one NaN to every gradient before that."""
         self.orthogonalized = 0
         """Matrices that this rank has orthogonalized in all steps."""
@@ -115,8 +115,8 @@ class Telemetry:
         """``muon/...`` log entries for the last step; kinds are those of the routing report.
 
         ``muon/update_rms[/kind]`` is the RMS of what multiplies the learning rate (target 0.2), absent if the step was
-        skipped; ``muon/weight_rms[/kind]`` is that of the parameters, AdamW's included. The same on every rank and
-        engine; nothing is communicated here.
+        skipped; ``muon/weight_rms[/kind]`` is that of the parameters, AdamW's included. Both are the same on every rank
+        and engine; nothing is communicated here.
         """
         updates: dict[str, tuple[float, float]] = {}
         weights: dict[str, tuple[float, float]] = {}

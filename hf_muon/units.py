@@ -32,16 +32,22 @@ class Unit:
     """Elements of each whole parameter."""
     exchange: Exchange | None
     """None for AdamW, which needs no matrices."""
-    layout_digest: int
+    layout: str = field(repr=False)
+    """All that the plan follows from, in words: the same on every rank."""
+    layout_digest: int = field(init=False)
     seen: bool = False
     """Whether a step has been taken with it: what cannot change is compared between ranks once."""
     grads: dict[int, Tensor] = field(default_factory=dict)
     """Of this step, by parameter: this rank's part, 1-D; those without a gradient are absent."""
 
+    def __post_init__(self) -> None:
+        self.layout_digest = zlib.crc32(self.layout.encode())  # once: at scale the words are megabytes
+
     @property
     def key(self) -> tuple[str, str]:
         """Names the unit in telemetry."""
-        return self.group["algorithm"], self.names[0]
+        named = "param_names" in self.group
+        return self.group["algorithm"], self.names[0] if named else str(id(self.storage.holders[0]))
 
     @property
     def shards(self) -> list[tuple[str, int, int, int]] | None:
@@ -82,17 +88,14 @@ def build(group: dict[str, Any], whole: Mapping[str, Tensor], process_group: Any
             budget=budget,
         )
     numels = [prod(group["shapes"][i]) for i in members]
-    text = repr(
-        (
-            storage.engine,
-            storage.ranks,
-            [names[i] for i in members],
-            group["shapes"],
-            layouts,
-            storage.placements,
-            budget,
-        )
-    )
+    for i, numel, placement in zip(members, numels, storage.placements, strict=True):
+        if placement and placement[-1].stop != numel:
+            raise LayoutError(
+                f"{names[i]} had {numel} elements and has {placement[-1].stop} now: tensor parallelism, or another "
+                "engine that cuts parameters by itself, is not served; nothing has been changed"
+            )
+    what = zip(names, kinds, group["shapes"], layouts or names, strict=True)
+    described = (storage.engine, storage.ranks, budget, members, storage.placements, list(what))
     return Unit(
         group=group,
         storage=storage,
@@ -100,7 +103,7 @@ def build(group: dict[str, Any], whole: Mapping[str, Tensor], process_group: Any
         kinds=[kinds[i] for i in members],
         numels=numels,
         exchange=exchange,
-        layout_digest=zlib.crc32(text.encode()),
+        layout=repr(described),
     )
 
 
@@ -129,7 +132,9 @@ def ready(units: Sequence[Unit], *, look_for_zero: bool = False) -> Verdict:
             _take_gradients(unit)
         grads = [grad for unit in units for grad in unit.grads.values()]
         finite = checks.all_finite(grads)
-        zero = look_for_zero and not any(bool(grad.any()) for grad in grads)
+        # DeepSpeed steps group by group, so that zeros in one say nothing of the others.
+        look = look_for_zero and all(unit.storage.offsets is None for unit in units)
+        zero = look and bool(grads) and not any(bool(grad.any()) for grad in grads)
     except (RuntimeError, TypeError, ValueError) as caught:
         error = caught
     together: dict[int, list[Unit]] = {}
@@ -139,6 +144,7 @@ def ready(units: Sequence[Unit], *, look_for_zero: bool = False) -> Verdict:
     for same in together.values():
         finite, zero = _agree(same, error, finite, zero)
     if error is not None:
+        forget(units)
         raise error
     return Verdict(any(unit.grads for unit in units), finite, zero)
 
@@ -156,16 +162,25 @@ def _take_gradients(unit: Unit) -> None:
     unit.grads = {i: g for i, g in enumerate(storage.flat([p.grad for p in storage.holders])) if g is not None}
 
 
+def forget(units: Sequence[Unit]) -> None:
+    """Let go of the gradients of a step that is over."""
+    for unit in units:
+        unit.grads = {}
+
+
 def _agree(units: list[Unit], error: Exception | None, finite: bool, zero: bool) -> tuple[bool, bool]:
     """One small collective: whether all ranks' gradients are finite, and zero; raises on all ranks if they disagree."""
     storage = units[0].storage
     present = [sorted(unit.grads) for unit in units]
     options = [{k: v for k, v in u.group.items() if k not in (*checks.STRUCTURE, "shards")} for u in units]
     digests = [
-        zlib.crc32(repr([unit.layout_digest for unit in units]).encode()),
-        zlib.crc32(repr([sorted(o.items()) for o in options]).encode()),
-        zlib.crc32(repr(present).encode()),
-        0 if error is not None else _replica_digest([u for u in units if u.storage.engine == "ddp" and not u.seen]),
+        zlib.crc32(repr(x).encode())
+        for x in (
+            [unit.layout_digest for unit in units],
+            [sorted(o.items()) for o in options],
+            present,
+            [] if error is not None else _replica_norms(units),
+        )
     ]
     values = [error is not None, not finite, not zero, *digests, *(-d for d in digests)]
     failed, bad, some, *both = collectives.maximum([int(v) for v in values], storage.device, storage.group)
@@ -177,20 +192,22 @@ def _agree(units: list[Unit], error: Exception | None, finite: bool, zero: bool)
     return not bad, not some
 
 
-def _replica_digest(units: list[Unit]) -> int:
-    """Of weights and gradients that should be equal on all ranks; 0 if there are none to compare."""
-    tensors = [t for u in units for t in (*u.storage.holders, *u.grads.values()) if t.numel()]
-    if not tensors:
-        return 0
-    norms = torch._foreach_norm([t.detach() for t in tensors])
-    return zlib.crc32(repr([float(n) for n in norms]).encode())
+def _replica_norms(units: list[Unit]) -> list[tuple[str, list[float]]]:
+    """Of weights and gradients that should be equal on all ranks, before the first step."""
+    out = []
+    for unit in units:
+        if unit.storage.engine == "ddp" and not unit.seen:
+            for i, name in enumerate(unit.names):
+                both = (unit.storage.holders[i].detach(), unit.grads.get(i))
+                out.append((name, [float(torch.linalg.vector_norm(t)) for t in both if t is not None]))
+    return out
 
 
 def _explain(units: list[Unit], differ: list[bool], options: list[dict[str, Any]], present: list[list[int]]) -> None:
     """All ranks know that they disagree; find out in what, and raise."""
     storage = units[0].storage
     what, mine, remedy = (
-        ("where parameters live", [(u.names, u.storage.engine, u.storage.placements) for u in units], "the same model"),
+        ("where parameters live", [u.layout for u in units], "the same model and arguments"),
         ("the optimizer's options", options, "the same arguments"),
         (
             "which parameters have gradients",
@@ -199,7 +216,7 @@ def _explain(units: list[Unit], differ: list[bool], options: list[dict[str, Any]
         ),
         (
             "weights or gradients that should be replicas",
-            [[float(t.norm()) for t in u.storage.holders] for u in units],
+            _replica_norms(units),
             "DistributedDataParallel, or share_newton_schulz=false for ranks that train apart,",
         ),
     )[differ.index(True)]

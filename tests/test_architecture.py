@@ -22,6 +22,7 @@ LEVELS = {
     "checks": 2,
     "exchange": 3,
     "engines": 4,
+    "moonlight": 1,
     "units": 5,
     "canonical": 6,
     "routing": 6,

@@ -219,6 +219,23 @@ def test_an_optimizer_section_of_deepspeed_is_refused(tmp_path, native, where):
         registry._check(args)
 
 
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"zero_optimization": {"stage": 0}}, "ZeRO-1, or DDP"),
+        ({"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}, "autotp_size"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"check_grad_overflow": False}}, "check_grad_overflow"),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "consolidate"),
+        ({"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}}, "consolidate"),
+    ],
+)
+def test_modes_of_deepspeed_that_would_train_wrong_are_refused(tmp_path, config, word):
+    args = _args(tmp_path, optim="muon")
+    args.hf_deepspeed_config = SimpleNamespace(config=config)
+    with pytest.raises(RuntimeError, match=word):
+        registry._check(args)
+
+
 @pytest.mark.parametrize("version", [1, None])
 def test_fsdp_version_1_is_refused(tmp_path, monkeypatch, version):
     args = _args(tmp_path, optim="muon")

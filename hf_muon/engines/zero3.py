@@ -42,7 +42,8 @@ def recognise(params: Sequence[Tensor], names: list[str], whole: Mapping[str, An
         ours = flat.detach()[begin : begin + b - a].to(device=p.ds_tensor.device, dtype=p.ds_tensor.dtype)
         if not torch.equal(ours.nan_to_num(), p.ds_tensor.detach()[: b - a].nan_to_num()):
             problem = (
-                f"the weights of {name} are not where ZeRO-3's sub-group should hold them; nothing has been changed"
+                f"the weights of {name} are not where ZeRO-3's sub-group should hold them. Either they were "
+                "changed after deepspeed.initialize, or its layout is an unknown one; nothing has been changed"
             )
     return Storage(
         engine="zero3",

@@ -6,14 +6,17 @@ import functools
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer
 
 from .. import canonical
-from ..checkpoint import OPTIMIZER_FILE, check_zero
+from ..checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE, check_zero, zero_folder
 from ..optimizer import Muon
 from .models import stored_names
 from .trainer import find_muon
@@ -29,12 +32,41 @@ def consolidated(folder: str | None) -> bool:
     return file.is_file() and canonical.is_canonical(torch.load(file, "cpu", weights_only=True, mmap=True))
 
 
-def load(muon: Muon, folder: str) -> None:
-    """Put this rank's part of a consolidated checkpoint into an optimizer, weights included.
+def load(muon: Muon, folder: str, model: nn.Module) -> None:
+    """Put this rank's part of a consolidated checkpoint into an optimizer and the model it trains.
 
-    The file is mapped into memory, so a rank reads only what it stores.
+    The files are mapped into memory, so a rank reads only what it stores.
+
+    Raises:
+        ValueError: weights that are trained are missing, and would stay as they were initialized.
     """
-    muon.load_state_dict(torch.load(Path(folder) / OPTIMIZER_FILE, "cpu", weights_only=True, mmap=True))
+    state_dict = torch.load(Path(folder) / OPTIMIZER_FILE, "cpu", weights_only=True, mmap=True)
+    names = [name for group in muon.param_groups for name in group["param_names"]]
+    lost = [name for name in names if name not in state_dict["weights"]]
+    if lost:
+        raise ValueError(f"{folder} holds no weights for {lost[:3]}. " + _REMEDY.format(folder=folder))
+    muon.load_state_dict(state_dict)
+    _load_untrained(model, Path(folder), set(names))
+
+
+def _load_untrained(model: nn.Module, folder: Path, trained: set[str]) -> None:
+    """Buffers and frozen weights, from the model's own files: no optimizer holds them."""
+    stored = stored_names(folder)
+    for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+        if name in trained or name not in stored:
+            continue
+        with safe_open(stored[name], framework="pt") as opened, torch.no_grad():
+            value = opened.get_tensor(name)
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+            if not hasattr(tensor, "ds_tensor"):
+                tensor.copy_(value)
+                continue
+            from deepspeed.zero import GatheredParameters
+
+            with GatheredParameters(tensor, modifier_rank=0):
+                if dist.get_rank() == 0:
+                    tensor.copy_(value)
 
 
 def with_any_deepspeed_checkpoint(original: Any) -> Any:
@@ -46,12 +78,16 @@ def with_any_deepspeed_checkpoint(original: Any) -> Any:
         if muon is None:
             return original(engine, folder, load_module_strict=load_module_strict)
         if consolidated(folder):
-            load(muon, folder)
+            load(muon, folder, engine.module)
             _refresh(engine.optimizer)
+            if engine.lr_scheduler is not None:  # DeepSpeed's own; the Trainer loads its own itself
+                engine.lr_scheduler.load_state_dict(torch.load(Path(folder) / SCHEDULE_FILE, weights_only=True))
             logger.info("resumed from the consolidated checkpoint %s; DeepSpeed's loss scale starts anew", folder)
             return None
         check_zero(folder)
-        ranks = {m[1] for m in (re.search(r"zero_pp_rank_(\d+)_", f.name) for f in Path(folder).glob("*/*optim*")) if m}
+        saved = zero_folder(folder)
+        names = [f.name for f in saved.glob("*_optim_states.pt")] if saved is not None else []
+        ranks = {found[1] for found in (re.search(r"zero_pp_rank_(\d+)_", name) for name in names) if found}
         if len(ranks) != engine.dp_world_size:
             raise ValueError(
                 f"{folder} was saved by {len(ranks) or 'no'} DeepSpeed ranks, and {engine.dp_world_size} are running. "
@@ -62,16 +98,23 @@ def with_any_deepspeed_checkpoint(original: Any) -> Any:
     return deepspeed_load_checkpoint
 
 
-def with_any_fsdp_checkpoint(original: Any) -> Any:
-    """Wrap ``Trainer._load_optimizer_and_scheduler``."""
+def with_any_state(original: Any) -> Any:
+    """Wrap ``Trainer._load_optimizer_and_scheduler``, which skips without a word what it does not find."""
 
     @functools.wraps(original)
     def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
         muon = find_muon(self.optimizer)
-        if muon is None or checkpoint is None or not self.is_fsdp_enabled or not consolidated(checkpoint):
+        if muon is None or checkpoint is None or self.is_deepspeed_enabled:
             return original(self, checkpoint)
-        load(muon, checkpoint)
-        schedule = Path(checkpoint) / "scheduler.pt"
+        if not consolidated(checkpoint):
+            if not self.is_fsdp_enabled and not (Path(checkpoint) / OPTIMIZER_FILE).is_file():
+                raise ValueError(
+                    f"{checkpoint} holds no {OPTIMIZER_FILE}: it was saved by DeepSpeed or FSDP, or without the state. "
+                    + _REMEDY.format(folder=checkpoint)
+                )
+            return original(self, checkpoint)
+        load(muon, checkpoint, cast(nn.Module, self.model))
+        schedule = Path(checkpoint) / SCHEDULE_FILE
         if schedule.is_file() and self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
         return None
@@ -84,15 +127,16 @@ def with_whole_models(original: Any) -> Any:
 
     @functools.wraps(original)
     def _load_from_checkpoint(self: Trainer, resume_from_checkpoint: str, model: Any = None) -> None:
-        muon = find_muon(self.optimizer)
-        if self.is_fsdp_enabled and muon is not None and consolidated(resume_from_checkpoint):
-            return None  # the weights come with the optimizer's state, each rank's own part
-        if self.is_fsdp_enabled and muon is not None and (Path(resume_from_checkpoint) / OPTIMIZER_FILE).exists():
-            raise ValueError(
-                f"{resume_from_checkpoint} was not saved by FSDP. " + _REMEDY.format(folder=resume_from_checkpoint)
-            )
+        if self.is_fsdp_enabled and find_muon(self.optimizer) is not None:
+            if consolidated(resume_from_checkpoint):
+                return None  # the weights come with the optimizer's state, each rank's own part
+            if not any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
+                raise ValueError(
+                    f"{resume_from_checkpoint} was not saved by FSDP. " + _REMEDY.format(folder=resume_from_checkpoint)
+                )
         original(self, resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled and self.args.optim in ("muon", "hf_muon"):
+        # Whatever the optimizer: an AdamW run that is compared with a Muon run must resume as exactly.
+        if not self.is_fsdp_enabled:
             target = self.model if model is None else model
             if isinstance(target, PreTrainedModel) and (Path(resume_from_checkpoint) / "config.json").is_file():
                 _load_converted(target, resume_from_checkpoint)

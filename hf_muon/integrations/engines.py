@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+
+from ..optimizer import Muon
 
 
 def refuse_unsupported(args: Any = None) -> None:
@@ -32,6 +35,8 @@ def refuse_unsupported(args: Any = None) -> None:
             f"optim='muon' and an \"optimizer\" section ({name}) in the DeepSpeed config: {why}. "
             "Remedy: remove that section; learning rate, betas, eps and weight decay come from TrainingArguments"
         )
+    if config is not None:
+        _refuse_deepspeed_modes(config)
     zero = (config or {}).get("zero_optimization", {})
     if zero.get("elastic_checkpoint") or (config or {}).get("checkpoint", {}).get("load_universal"):
         raise RuntimeError(
@@ -45,6 +50,36 @@ def refuse_unsupported(args: Any = None) -> None:
         )
     if kind == "MEGATRON_LM":
         raise RuntimeError("optim='muon' serves DDP, DeepSpeed ZeRO and FSDP2, and Megatron-LM is active")
+
+
+def _refuse_deepspeed_modes(config: dict[str, Any]) -> None:
+    """Modes of DeepSpeed in which a step would be another one, or half of one."""
+    reasons = {
+        "zero_optimization.stage 0": config.get("zero_optimization", {}).get("stage", 0) == 0,
+        "tensor_parallel.autotp_size": config.get("tensor_parallel", {}).get("autotp_size", 0) not in (0, 1),
+        "bf16.check_grad_overflow: false": config.get("bf16", {}).get("check_grad_overflow", True) is False,
+    }
+    remedies = (
+        "use ZeRO-1, or DDP without DeepSpeed",
+        "tensor parallelism is not served: set it to 1",
+        "without that check an infinity in one parameter group would not stop the others: leave it out",
+    )
+    for (name, active), remedy in zip(reasons.items(), remedies, strict=True):
+        if active:
+            raise RuntimeError(f"optim='muon' with {name} in the DeepSpeed config. Remedy: {remedy}")
+
+
+def with_client_optimizer(original: Any) -> Any:
+    """Wrap accelerate's ``map_pytorch_optim_to_deepspeed``, which makes DeepSpeedCPUAdam of any optimizer."""
+
+    @functools.wraps(original)
+    def map_pytorch_optim_to_deepspeed(optimizer: Any) -> Any:
+        if isinstance(optimizer, Muon):
+            keep_client_optimizer()
+            return optimizer
+        return original(optimizer)
+
+    return map_pytorch_optim_to_deepspeed
 
 
 def keep_client_optimizer() -> None:

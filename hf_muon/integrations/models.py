@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,16 +64,12 @@ def trained_weights(folder: str, names: list[str]) -> dict[str, Tensor]:
         ValueError: a name that neither the files nor the model built from them has.
     """
     path = Path(folder)
-    stored = stored_names(path)
-    for key, file in stored_names(path, "adapter_model.safetensors").items():
-        # PEFT leaves the adapter's name out of the files.
-        head, _, tail = key.rpartition(".")
-        stored[f"{head}.default.{tail}"] = stored[key] = file
+    stored = {**stored_names(path), **stored_names(path, "adapter_model.safetensors")}
     out: dict[str, Tensor] = {}
     for name in names:
-        if name in stored:
-            with safe_open(stored[name], framework="pt") as opened:
-                key = name if name in opened.keys() else name.replace(".default.", ".")  # noqa: SIM118
+        key = name if name in stored else _adapter_key(name)
+        if key in stored:
+            with safe_open(stored[key], framework="pt") as opened:
                 out[name] = opened.get_tensor(key)
     lost = [name for name in names if name not in out]
     if lost and (path / "config.json").is_file():
@@ -85,6 +82,12 @@ def trained_weights(folder: str, names: list[str]) -> dict[str, Tensor]:
     if lost:
         raise ValueError(f"{folder} holds no weights for {len(lost)} trained parameters, e.g. {lost[:3]}")
     return out
+
+
+def _adapter_key(name: str) -> str:
+    """What PEFT's files call a parameter: the adapter's name is left out."""
+    name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
+    return re.sub(r"\.(lora_\w+)\.[^.]+(?=\.|$)", r".\1", name)
 
 
 def write_model(folder: str, weights: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ import functools
 import logging
 from typing import Any
 
+import accelerate.accelerator
 import transformers.trainer
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer
@@ -21,7 +22,8 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import MuonConfig
 from . import checkpoints
-from .engines import refuse_unsupported
+from .engines import refuse_unsupported, with_client_optimizer
+from .moe import ExpertBalanceCallback
 from .trainer import MuonFactory, arguments, find_muon
 
 logger = logging.getLogger("hf_muon")
@@ -68,7 +70,7 @@ def unregister() -> None:
             _OPTIMIZER_HANDLERS.pop(member, None)
             _remove_member(member)
     for (owner, name), (original, wrapped) in list(_installed.items()):
-        # Where somebody has wrapped ours, taking ours out would take theirs out too; ours does nothing without a Muon.
+        # Where somebody has wrapped ours, taking ours out would take theirs out too; without a Muon it does little.
         if owner.__dict__[name] is wrapped:
             setattr(owner, name, original)
             del _installed[owner, name]
@@ -123,10 +125,14 @@ def _with_muon_metrics(original: Any) -> Any:
     def log(self: Trainer, logs: dict[str, float], start_time: float | None = None) -> None:
         optimizer = find_muon(self.optimizer)
         # Training logs only: evaluation and the closing summary have no step of their own to describe.
-        if optimizer is not None and "loss" in logs and "learning_rate" in logs:
-            logs.update(optimizer.metrics())
-            # DeepSpeed finds an overflow itself, and then never calls the optimizer.
-            logs["muon/skipped_steps"] += getattr(getattr(self, "deepspeed", None), "skipped_steps", 0)
+        if "loss" in logs and "learning_rate" in logs:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ExpertBalanceCallback):
+                    logs.update(callback.metrics())
+            if optimizer is not None:
+                logs.update(optimizer.metrics())
+                # DeepSpeed finds an overflow itself, and then never calls the optimizer.
+                logs["muon/skipped_steps"] += getattr(getattr(self, "deepspeed", None), "skipped_steps", 0)
         original(self, logs, start_time)
 
     return log
@@ -179,6 +185,7 @@ _WRAPS: tuple[tuple[Any, str, Any], ...] = (
     (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args),
     (TrainingArguments, "__post_init__", _with_early_checks),
     (Trainer, "_load_from_checkpoint", checkpoints.with_whole_models),
-    (Trainer, "_load_optimizer_and_scheduler", checkpoints.with_any_fsdp_checkpoint),
+    (Trainer, "_load_optimizer_and_scheduler", checkpoints.with_any_state),
     (transformers.trainer, "deepspeed_load_checkpoint", checkpoints.with_any_deepspeed_checkpoint),
+    (accelerate.accelerator, "map_pytorch_optim_to_deepspeed", with_client_optimizer),
 )

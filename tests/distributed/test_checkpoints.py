@@ -31,6 +31,8 @@ def saved(tmp_path_factory):
     crossed = [
         spec("zero1", "adamw-resumed", resume=str(out / "adamw" / "run" / "checkpoint-3"), fails=True),
         spec("fsdp2", "ddp-under-fsdp2", resume=str(out / "ddp" / "run" / "checkpoint-3"), fails=True),
+        spec("fsdp2", "zero1-under-fsdp2", resume=str(out / "zero1" / "run" / "checkpoint-3"), fails=True),
+        spec("ddp", "zero1-under-ddp", resume=str(out / "zero1" / "run" / "checkpoint-3"), fails=True),
     ]
     found = launch(out, 3, [*runs, *resumed, adamw, *crossed])
     for engine in engines:
@@ -97,7 +99,8 @@ def test_a_deepspeed_checkpoint_of_another_size_is_refused_with_the_command_that
 def test_states_of_another_optimizer_or_engine_are_refused_on_every_rank(saved):
     _, found = saved
     assert all("another optimizer's" in result["error"] for result in found["adamw-resumed"])
-    assert all("python -m hf_muon consolidate" in result["error"] for result in found["ddp-under-fsdp2"])
+    for name in ("ddp-under-fsdp2", "zero1-under-fsdp2", "zero1-under-ddp"):
+        assert all("python -m hf_muon consolidate" in result["error"] for result in found[name]), name
 
 
 def test_the_consolidated_model_is_the_trained_one(saved):
@@ -110,6 +113,22 @@ def test_the_consolidated_model_is_the_trained_one(saved):
     model = Qwen2MoeForCausalLM.from_pretrained(out / "zero3-whole")
     saved_weights = checkpoint.read(out / "zero3-whole")["weights"]
     assert all(torch.equal(p, saved_weights[n]) for n, p in model.named_parameters() if n in saved_weights)
+
+
+def test_the_checkpoint_that_latest_names_is_read(saved, tmp_path):
+    out, _ = saved
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(out / "zero1" / "run" / "checkpoint-3", folder)
+    shutil.copytree(out / "zero1" / "run" / "checkpoint-6" / "global_step6", folder / "global_step6")  # an older run's
+    adamw = [v["step"] for v in canonical.by_name(checkpoint.read(folder)).values() if "step" in v]
+    assert adamw and all(step == 3 for step in adamw)
+
+
+def test_weights_in_the_models_files_only_must_be_given(saved, tmp_path):
+    out, _ = saved
+    with pytest.raises(ValueError, match="give `weights`"):
+        checkpoint.consolidate(out / "ddp" / "run" / "checkpoint-3", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_missing_rank_and_an_existing_folder_are_errors(saved, tmp_path, capsys):

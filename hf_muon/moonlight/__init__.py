@@ -1,0 +1,1 @@
+"""How Moonlight was trained, besides its optimizer: schedule, batch ramp, expert balancing, gate scale."""
