@@ -116,8 +116,8 @@ class Muon(Optimizer):
             group["ns_dtype"] = checks.ns_dtype_name(group["ns_dtype"])
             checks.check_hyperparameters(group)
             checks.check_parameters(group)
-            if group["algorithm"] == "muon":
-                group.setdefault("matrices", [MatrixLayout(tuple(p.shape)).key() for p in group["params"]])
+            if group["algorithm"] == "muon" and "matrices" not in group:
+                group["matrices"] = [MatrixLayout(tuple(p.shape)).key() for p in group["params"]]
             group["shapes"] = [tuple(getattr(p, "ds_shape", p.shape)) for p in group["params"]]
             checks.check_layouts(group)
             if "param_names" in group:

@@ -26,12 +26,11 @@ def run(spec: dict) -> dict:
         columns = {"shard_placement_fn": lambda p: Shard(p.ndim - 1)} if spec["loop"] == "shard1" else {}
         for layer in (*model.model.layers, model):
             fully_shard(layer, mesh=mesh, **columns)
-    options = {"ns_dtype": "float32", **spec.get("options", {})}
-    exchange = {"exchange_bytes": options.pop("exchange_bytes", 2**27)}
+    config = hf_muon.MuonConfig.from_optim_args(scenarios.optim_args(spec))
     muon = hf_muon.Muon(
-        hf_muon.param_groups(model, hf_muon.MuonConfig(**options), lr=2e-3, weight_decay=0.1),
+        hf_muon.param_groups(model, config, lr=2e-3, weight_decay=0.1),
         process_group=dist.group.WORLD if spec["loop"] == "replicas" and ranks > 1 else None,
-        **exchange,
+        exchange_bytes=config.exchange_bytes,
     )
     recorder = Recorder(muon)
     mine = slice(None) if spec["loop"] == "replicas" else slice(rank, None, ranks)

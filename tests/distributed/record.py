@@ -62,7 +62,8 @@ def plan(unit: Unit) -> list[dict]:
 
 def outcome(model: torch.nn.Module, muon: Muon | None, recorder: Recorder | None) -> dict:
     """What the tests look at after training; ``muon`` is None for a run of plain AdamW."""
-    result = {"model": {n: whole(p) for n, p in model.named_parameters()}}
+    wrapper = "_checkpoint_wrapped_module."
+    result = {"model": {n.replace(wrapper, ""): whole(p) for n, p in model.named_parameters()}}
     if muon is None:
         return result
     result.update(weights={}, momentum={}, plan=[], engine="")

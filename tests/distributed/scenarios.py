@@ -65,7 +65,7 @@ class _Spoiled(torch.autograd.Function):
 
 
 class Faults(transformers.TrainerCallback):
-    """On one rank, in one step, the ``VICTIM`` is not used, or gets a NaN gradient; or all ranks change its weights.
+    """On one rank, in one step, the ``VICTIM`` is not used, or gets a NaN gradient; or its weights change before any.
 
     Args:
         model: what is trained.
@@ -87,7 +87,7 @@ class Faults(transformers.TrainerCallback):
         self.layer.forward = forward
 
     def on_train_begin(self, *args, **kwargs):
-        if self.fault["kind"] == "changed":
+        if self.fault["kind"] == "changed" and int(os.environ["RANK"]) == self.fault["rank"]:
             weight = self.layer.weight
             getattr(weight, "ds_tensor", weight).data.flatten()[:1].add_(1.0)
 
@@ -115,14 +115,19 @@ def deepspeed_config(spec: dict) -> dict | None:
     return {**config, **spec.get("deepspeed", {})}
 
 
+def optim_args(spec: dict) -> str:
+    """Muon's options, in float32 unless the scenario says otherwise."""
+    options = {"ns_dtype": spec.get("ns_dtype", "float32"), **spec.get("options", {})}
+    return ",".join(f"{k}={v}" for k, v in options.items())
+
+
 def arguments(out: str, spec: dict) -> dict:
     """Keywords for TrainingArguments."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     accumulate = spec.get("accumulate", 1)
-    options = {"ns_dtype": spec.get("ns_dtype", "float32"), **spec.get("options", {})}
-    muon = {"optim": "muon", "optim_args": ",".join(f"{k}={v}" for k, v in options.items())}
+    muon = {"optim": "muon", "optim_args": optim_args(spec)}
     deepspeed = deepspeed_config(spec)
-    return dict(
+    options = dict(
         output_dir=out,
         **(muon if spec.get("optim", "muon") == "muon" else {"optim": spec["optim"]}),
         learning_rate=2e-3,
@@ -142,8 +147,8 @@ def arguments(out: str, spec: dict) -> dict:
         **({"deepspeed": deepspeed} if deepspeed else {"use_cpu": True}),
         **({"ddp_backend": "gloo"} if ranks > 1 and not deepspeed else {}),
         **({"fsdp": True, "fsdp_config": fsdp_config(spec)} if spec["engine"] == "fsdp2" else {}),
-        **spec.get("arguments", {}),
     )
+    return {**options, **spec.get("arguments", {})}
 
 
 def fsdp_config(spec: dict) -> dict:

@@ -34,6 +34,9 @@ def train(out: Path, spec: dict) -> dict:
     args = TrainingArguments(**scenarios.arguments(str(out / "run"), spec))
     # After the arguments, because under ZeRO-3 they make from_pretrained cut the parameters as it makes them.
     model = scenarios.model(spec["model"], spec.get("dtype", "float32"), spec.get("pretrained"))
+    if spec.get("native"):  # DeepSpeed's own Muon acts on this tag; the package must never set it
+        for name, p in model.named_parameters():
+            p.use_muon = p.ndim == 2 and "embed" not in name
     faults = [scenarios.Faults(model, spec["fault"])] if "fault" in spec else []
     trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=faults)
     recorder = []
