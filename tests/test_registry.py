@@ -225,6 +225,7 @@ def test_an_optimizer_section_of_deepspeed_is_refused(tmp_path, native, where):
         ({"zero_optimization": {"stage": 0}}, "ZeRO-1, or DDP"),
         ({"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}, "autotp_size"),
         ({"zero_optimization": {"stage": 1}, "bf16": {"check_grad_overflow": False}}, "check_grad_overflow"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "AdamW"),
         ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "consolidate"),
         ({"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}}, "consolidate"),
     ],

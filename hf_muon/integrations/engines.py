@@ -54,22 +54,22 @@ def refuse_unsupported(args: Any = None) -> None:
 
 def _refuse_deepspeed_modes(config: dict[str, Any]) -> None:
     """Modes of DeepSpeed in which a step would be another one, or half of one."""
-    reasons = {
-        "zero_optimization.stage 0": config.get("zero_optimization", {}).get("stage", 0) == 0,
-        "tensor_parallel.autotp_size": config.get("tensor_parallel", {}).get("autotp_size", 0) not in (0, 1),
-        "zero_optimization.offload_optimizer.ratio below 1": config.get("zero_optimization", {})
-        .get("offload_optimizer", {})
-        .get("ratio", 1.0)
-        != 1.0,
-        "bf16.check_grad_overflow: false": config.get("bf16", {}).get("check_grad_overflow", True) is False,
-    }
-    remedies = (
-        "use ZeRO-1, or DDP without DeepSpeed",
-        "tensor parallelism is not served: set it to 1",
-        "DeepSpeed would train the rest with AdamW: set it to 1",
-        "without that check an infinity in one parameter group would not stop the others: leave it out",
-    )
-    for (name, active), remedy in zip(reasons.items(), remedies, strict=True):
+    zero = config.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    for name, active, remedy in (
+        ("zero_optimization.stage 0", zero.get("stage", 0) == 0, "use ZeRO-1, or DDP without DeepSpeed"),
+        ("tensor_parallel.autotp_size", config.get("tensor_parallel", {}).get("autotp_size", 0) > 1, "set it to 1"),
+        (
+            "offload_optimizer.ratio below 1",
+            offload.get("ratio", 1.0) != 1.0,
+            "set it to 1: DeepSpeed would train a part of the parameters with AdamW",
+        ),
+        (
+            "bf16.check_grad_overflow: false",
+            config.get("bf16", {}).get("check_grad_overflow", True) is False,
+            "leave it out: an infinity in one parameter group would not stop the others",
+        ),
+    ):
         if active:
             raise RuntimeError(f"optim='muon' with {name} in the DeepSpeed config. Remedy: {remedy}")
 
