@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,11 +24,6 @@ def launch(out: Path, ranks: int, specs: list[dict], timeout: int = 600) -> dict
         "OMP_NUM_THREADS": "1",  # ranks share the cores
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
-        # DeepSpeed compiles one operator, and takes a stale one of other versions for its own.
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR")
-        or str(
-            Path(tempfile.gettempdir()) / f"hf_muon-{os.getuid()}-torch{torch.__version__}-ds{version('deepspeed')}"
-        ),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for DeepSpeed
     }
     with subprocess.Popen(
