@@ -7,11 +7,32 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 # In a checkpoint beside the model: what only a resumed run needs.
 RESUME_FILES = ("optimizer", "scheduler", "scaler", "rng_state")
+
+
+def model_source(name: str, subfolder: str | None, revision: str) -> str:
+    """A folder or hub name of which every loader reads ``subfolder``, such as ``Moonlight_hf_step_42000``.
+
+    transformers' loaders know subfolders, TRL's do not: of a hub repository the one folder is downloaded.
+
+    Raises:
+        ValueError: the repository or folder has no such subfolder.
+    """
+    if not subfolder:
+        return name
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=f"{subfolder}/*"))
+    if not (folder / subfolder / "config.json").is_file():
+        raise ValueError(
+            f"{name} has no model in a subfolder {subfolder!r}: set model_subfolder to one with config.json"
+        )
+    return str(folder / subfolder)
 
 
 def train_and_report(trainer: Trainer) -> None:

@@ -4,9 +4,10 @@
         --config recipes/offline/sft/config_muon.yaml [--learning_rate 1e-3 ...]
 
 Data: ``dataset_name`` (a hub name, or a folder with train.jsonl and test.jsonl), or TRL's ``datasets:`` mixture, where
-``path: json`` with ``data_files`` reads local files. Conversations in ``messages`` that do not fit ``max_length`` are
-left out (``drop_overlong: false`` lets TRL cut them, end token included). A killed run goes on from its last checkpoint
-when started again with the same ``output_dir``.
+``path: json`` with ``data_files`` reads local files. Conversations in ``messages`` that are malformed or do not fit
+``max_length`` are left out and reported in ``bad_rows.jsonl`` (``bad_rows: refuse`` stops at malformed ones;
+``drop_overlong: false`` lets TRL cut what does not fit, end token included). A killed run goes on from its last
+checkpoint when started again with the same ``output_dir``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
-from lifecycle import train_and_report
+from conversations import Reporter, Rules, check, has_messages, keep_good, load
+from datasets import Dataset
+from lifecycle import model_source, train_and_report
 from transformers import AutoTokenizer, set_seed
 from trl import (
     DatasetMixtureConfig,
@@ -35,12 +37,34 @@ from trl import (
 
 @dataclass
 class SFTScriptArguments(ScriptArguments):
-    """TRL's script arguments and one of ours."""
+    """TRL's script arguments and some of ours."""
 
     drop_overlong: bool = field(
         default=True,
         metadata={"help": "Leave out conversations longer than max_length: cut, they would lack their end token."},
     )
+    bad_rows: str = field(
+        default="skip",
+        metadata={"help": "Malformed conversations: leave them out (skip), or stop before training (refuse)."},
+    )
+    max_turn_characters: int = field(
+        default=100_000, metadata={"help": "A turn of as many characters makes a conversation malformed."}
+    )
+    held_out: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on this many rows of the test split or, without one, taken from the training one."},
+    )
+
+    model_subfolder: str | None = field(
+        default=None, metadata={"help": "Folder in the model's that holds it: Moonlight_hf_step_42000."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's own folder."})
+
+    def __post_init__(self) -> None:
+        if self.bad_rows not in ("skip", "refuse"):
+            raise ValueError(f"bad_rows={self.bad_rows!r} must be skip or refuse")
+        if self.held_out is not None and (self.held_out < 1 or self.dataset_streaming):
+            raise ValueError(f"held_out={self.held_out} must be at least 1, and a streamed dataset cannot be split")
 
 
 def make_parser() -> TrlParser:
@@ -56,9 +80,7 @@ def load_splits(script_args: SFTScriptArguments, mixture: DatasetMixtureConfig, 
         set_seed(seed)  # TRL draws the test split without a seed: every process would have another one
         splits = get_dataset(mixture)
         return splits["train"], splits.get("test")
-    splits = load_dataset(
-        script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-    )
+    splits = load(script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming)
     if script_args.dataset_train_split not in splits:
         raise ValueError(
             f"{script_args.dataset_name} has no split {script_args.dataset_train_split!r}, only {sorted(splits)}: "
@@ -67,10 +89,12 @@ def load_splits(script_args: SFTScriptArguments, mixture: DatasetMixtureConfig, 
     return splits[script_args.dataset_train_split], splits.get(script_args.dataset_test_split)
 
 
-def load_tokenizer(args: SFTConfig, model_args: ModelConfig) -> Any:
-    """The model's tokenizer, with the chat template that the run asks for."""
+def load_tokenizer(args: SFTConfig, model_args: ModelConfig, name: str | None = None) -> Any:
+    """The model's tokenizer or that of ``name``, with the chat template that the run asks for."""
     tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path, revision=model_args.model_revision, trust_remote_code=args.trust_remote_code
+        name or model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=args.trust_remote_code,
     )
     if args.assistant_only_loss and not tokenizer.is_fast:
         raise ValueError(
@@ -80,41 +104,45 @@ def load_tokenizer(args: SFTConfig, model_args: ModelConfig) -> Any:
     return tokenizer
 
 
-def drop_overlong(split: Any, tokenizer: Any, args: SFTConfig, name: str) -> tuple[Any, int | None]:
-    """The conversations that fit, and how many did not (unknown for a stream)."""
-    template = None
-    if args.chat_template_path:
-        file = Path(args.chat_template_path)
-        template = file.read_text(encoding="utf-8") if file.is_file() else None
-    options: dict[str, Any] = {"fn_kwargs": {"tokenizer": tokenizer, "template": template, "limit": args.max_length}}
-    if isinstance(split, Dataset):
-        options |= {"num_proc": args.dataset_num_proc, "desc": f"Dropping what does not fit from {name} dataset"}
-        kept = split.filter(fits, **options)
-        return kept, len(split) - len(kept)
-    return split.filter(fits, **options), None
+def conversation_rules(script_args: SFTScriptArguments, args: SFTConfig, tokenizer: Any) -> Rules:
+    """What a conversation must be like in this run."""
+    template = Path(args.chat_template_path) if args.chat_template_path else None
+    return Rules(
+        tokenizer=tokenizer,
+        template=template.read_text(encoding="utf-8") if template and template.is_file() else None,
+        max_tokens=args.max_length if script_args.drop_overlong else None,
+        max_turn_characters=script_args.max_turn_characters,
+    )
 
 
-def fits(row: dict[str, Any], *, tokenizer: Any, template: str | None, limit: int) -> bool:
-    """Whether a conversation, special tokens included, has at most ``limit`` tokens."""
-    encoded = tokenizer.apply_chat_template(row["messages"], chat_template=template, return_dict=True)
-    return len(encoded["input_ids"]) <= limit
+def hold_out(train: Dataset, test: Dataset | None, count: int) -> tuple[Dataset, Dataset]:
+    """``count`` evenly spread rows to evaluate on: of the test split or, without one, taken out of the training one."""
+    source = train if test is None else test
+    if test is None and count >= len(train):
+        raise ValueError(f"held_out={count} would leave nothing of {len(train)} rows to train on")
+    count = min(count, len(source))
+    chosen = [i * len(source) // count for i in range(count)]  # no seed: the same rows in every run
+    if test is None:
+        train = train.select(sorted(set(range(len(train))) - set(chosen)))
+    return train, source.select(chosen)
 
 
 def prepare_splits(
     script_args: SFTScriptArguments, mixture: DatasetMixtureConfig, args: SFTConfig, tokenizer: Any
 ) -> tuple[Any, Any | None]:
-    """Load both splits and leave out what does not fit."""
-    train, test = load_splits(script_args, mixture, args.seed)
-    if not script_args.drop_overlong or args.max_length is None:
-        return train, test
-    kept = []
-    for name, split in (("train", train), ("test", test)):
-        if split is not None and "messages" in (split.column_names or []):
-            split, dropped = drop_overlong(split, tokenizer, args, name)
-            if dropped and args.process_index == 0:
-                print(f"{name}: {dropped} conversations longer than {args.max_length} tokens left out of the data")
-        kept.append(split)
-    return kept[0], kept[1]
+    """Load both splits, check every conversation, and leave out what fails."""
+    splits = dict(zip(("train", "test"), load_splits(script_args, mixture, args.seed), strict=True))
+    rules = conversation_rules(script_args, args, tokenizer)
+    checked = [name for name, split in splits.items() if has_messages(split)]
+    for name in checked:
+        splits[name] = check(splits[name], rules, processes=args.dataset_num_proc, name=name)
+    if script_args.held_out:  # before anything is left out: the same rows whatever max_length is
+        checked += ["test"] if checked and splits["test"] is None else []
+        splits["train"], splits["test"] = hold_out(splits["train"], splits["test"], script_args.held_out)
+    reporter = Reporter(Path(args.output_dir), writes=args.process_index == 0)
+    for name in checked:
+        splits[name] = keep_good(splits[name], reporter, name=name, refuse=script_args.bad_rows == "refuse")
+    return splits["train"], splits["test"]
 
 
 def main() -> None:
@@ -122,6 +150,9 @@ def main() -> None:
     script_args, args, model_args, mixture = make_parser().parse_args_and_config()
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: a hub name or a folder")
+    model_args.model_name_or_path = model_source(
+        model_args.model_name_or_path, script_args.model_subfolder, model_args.model_revision
+    )
     args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -130,7 +161,7 @@ def main() -> None:
         "trust_remote_code": args.trust_remote_code,
         **(args.model_init_kwargs or {}),
     }
-    tokenizer = load_tokenizer(args, model_args)
+    tokenizer = load_tokenizer(args, model_args, script_args.tokenizer_name)
     with args.main_process_first(desc="loading the data"):
         train, test = prepare_splits(script_args, mixture, args, tokenizer)
     trainer = SFTTrainer(

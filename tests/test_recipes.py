@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(ROOT.glob("recipes/*/*/config_*.yaml"))
@@ -25,7 +26,7 @@ def parse(path, *overrides):
     import pretrain
     import sft
 
-    script = {"sft": sft, "pretrain": pretrain}[path.parent.name]
+    script = {"sft": sft, "pretrain": pretrain, "pretrain-continue": pretrain}[path.parent.name]
     # Parsing builds the training arguments, which look for a GPU that the test machine may lack.
     return script.make_parser().parse_args_and_config(
         ["--config", str(path), "--use_cpu", "true", "--bf16", "false", *overrides]
@@ -40,7 +41,7 @@ def test_there_are_recipes():
 def test_recipe_is_parsed_by_its_script_without_unknown_keys(path):
     parsed = parse(path)
     training = next(part for part in parsed if hasattr(part, "learning_rate"))
-    assert training.optim.value == ("muon" if path.stem == "config_muon" else "adamw_torch")
+    assert training.optim.value == ("muon" if path.stem.startswith("config_muon") else "adamw_torch")
     # YAML 1.1 reads 2e-5 without a dot as a string, which would surface only in the optimizer.
     for key in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
         assert isinstance(getattr(training, key), (int, float)), key
@@ -55,15 +56,17 @@ def test_recipe_names_hardware_and_global_batch_first_and_has_the_sections(path)
     assert any(line.endswith(" trainer config") and line.startswith("# ") for line in lines)
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem == "config_muon"], ids=name)
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.startswith("config_muon")], ids=name)
 def test_muon_and_adamw_recipes_differ_in_the_optimizer_alone(path):
     muon = yaml.safe_load(path.read_text())
-    adamw = yaml.safe_load(path.with_name("config_adamw.yaml").read_text())
+    adamw = yaml.safe_load(path.with_name(path.name.replace("muon", "adamw")).read_text())
     different = {key for key in muon.keys() | adamw.keys() if muon.get(key) != adamw.get(key)}
+    # A state is carried over from a run of the same optimizer.
+    different -= {"continue_from"} if path.parent.name == "pretrain-continue" else set()
     assert different == {"optim", "optim_args", "output_dir"}
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem == "config_muon"], ids=name)
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.startswith("config_muon")], ids=name)
 def test_muon_recipe_options_are_options_of_the_package(path):
     import hf_muon
 
@@ -127,7 +130,7 @@ def data(tmp_path_factory):
 def launch(recipe, data, out, *options, processes=1):
     """``accelerate launch`` of a recipe's script; the output, and the log history it left."""
     recipe = ROOT / "recipes" / recipe
-    script = recipe.parent.name
+    script = recipe.parent.name.partition("-")[0]
     config = yaml.safe_load(recipe.read_text())
     moved = [key for key in config if str(config[key]).startswith("data/offline")]
     paths = [part for key in moved for part in (f"--{key}", str(data / Path(config[key]).relative_to("data/offline")))]
@@ -181,6 +184,52 @@ def test_a_killed_run_resumes_and_ends_where_an_uninterrupted_one_does(data, tmp
     ]
     assert histories[0] == histories[1]
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if "lr_stages:" in p.read_text()], ids=name)
+def test_recipe_in_tokens_has_a_schedule_whose_peak_is_its_learning_rate(path):
+    from continuation import make_run
+
+    arguments, tokens, args = parse(path)
+    run = make_run(tokens, args, arguments.block_size)
+    assert run.schedule.peak == args.learning_rate
+    assert args.weight_decay == 0.1 and tokens.decay_everything
+    if "moonlight" in str(path):
+        from hf_muon.moonlight import schedules
+
+        assert (tuple(tokens.lr_stages), tuple(tokens.batch_ramp)) == (
+            schedules.MOONLIGHT_STAGES,
+            schedules.MOONLIGHT_RAMP,
+        )
+        assert (run.start_step, run.steps) == (160_933, 14_901)
+
+
+def test_offline_continuation_takes_a_run_on_with_its_optimizer_state(data, tmp_path):
+    options = ["--block_size", "64", "--max_steps", "2", "--eval_steps", "2", "--save_steps", "2"]
+    _, before = launch(
+        "offline/pretrain/config_muon.yaml", data, tmp_path / "first", *options, "--max_test_blocks", "8"
+    )
+    recipe, checkpoint = "offline/pretrain-continue/config_muon.yaml", str(tmp_path / "first" / "checkpoint-2")
+    options += ["--continue_from", checkpoint, "--max_test_blocks", "8"]
+    output, after = launch(recipe, data, tmp_path / "next", *options)
+    assert "a stream of blocks of 64 tokens, schedule from" in output
+    rates = [row["learning_rate"] for row in after["log_history"] if "learning_rate" in row]
+    assert rates[0] == 0 < rates[1] < 4e-4, "re-warming towards the end of the cosine"
+    first, second = (
+        {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+        for state in (before, after)
+    )
+    assert sorted(second) == [0, 2]
+    assert second[0] < first[0], "from the weights that the first run left"
+
+
+def test_fine_tuning_starts_from_a_subfolder(data, tmp_path):
+    # The last of two values of an option counts.
+    options = ["--model_name_or_path", str(data), "--model_subfolder", "model", "--max_steps", "1", "--eval_steps", "1"]
+    launch("offline/sft/config_adamw.yaml", data, tmp_path, *options, "--learning_rate", "0.0")
+    start, end = (load_file(folder / "model.safetensors") for folder in (data / "model", tmp_path))
+    assert start.keys() == end.keys()
+    assert all((start[key] == end[key]).all() for key in start)
 
 
 def test_a_finished_run_is_not_trained_again(data, tmp_path):
