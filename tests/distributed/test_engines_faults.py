@@ -51,8 +51,7 @@ REFUSED = [
         refused(f"section-{kind}", "zero2", message, deepspeed={"optimizer": {"type": kind, "params": {"lr": 1e-3}}})
         for kind, message in (("AdamW", "never ask for optim"), ("Muon", "own Muon has no RMS matching"))
     ],
-    # DeepSpeed says it itself, before there is anything to recognise.
-    refused("ratio", "zero3", "Hybrid Optimizer", zero={"offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+    refused("ratio", "zero3", "ratio below 1", zero={"offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
     refused("fsdp1", "fsdp2", "FSDP version 1", fsdp={"version": 1}),
     refused("columns", "fsdp2", r"placements \(Shard\(dim=1\),\).*first dimension", loop="shard1"),
 ]  # fmt: skip
