@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate.accelerator
 import pytest
 import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -246,6 +247,18 @@ def test_fsdp_version_1_is_refused(tmp_path, monkeypatch, version):
         registry._check(args)
     args.fsdp_plugin_args = {"fsdp_version": 2}
     registry._check(args)
+
+
+def test_registration_without_deepspeed_installed(tmp_path, monkeypatch):
+    registry.unregister()
+    monkeypatch.delattr(accelerate.accelerator, "map_pytorch_optim_to_deepspeed", raising=False)
+    try:
+        registry.register()
+        assert _args(tmp_path, optim="muon").optim == "muon"
+    finally:
+        registry.unregister()
+        monkeypatch.undo()
+        registry.register()
 
 
 def test_other_optimizers_are_untouched(tmp_path):

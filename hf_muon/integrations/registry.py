@@ -53,7 +53,9 @@ def register() -> None:
                 name,
             )
     for owner, name, wrap in _WRAPS:
-        if (owner, name) not in _installed:
+        # accelerate has its DeepSpeed functions only where DeepSpeed is installed.
+        absent = owner is accelerate.accelerator and name not in owner.__dict__
+        if (owner, name) not in _installed and not absent:
             original = owner.__dict__[name]
             static = isinstance(original, staticmethod)
             wrapped = wrap(original.__func__ if static else original)
