@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import canonical, checks, engines, update
+from . import canonical, checks, engines, state, update
 from .coefficients import Coefficients
 from .config import NS_DTYPES
 from .exchange import collectives
@@ -149,14 +149,13 @@ class Muon(Optimizer):
         group, record = unit.group, self.telemetry.record(unit.key)
         lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
         wire = torch.empty(0, dtype=NS_DTYPES[group["ns_dtype"]], device=unit.storage.device)
-        weights, momenta, grads = unit.weights(), self._momenta(unit), unit.grads
+        weights, momenta, grads = unit.weights(), state.momenta(self.state, unit), unit.grads
         for i, grad in grads.items():
             update.accumulate_(momenta[i], grad, mu)  # storage: M <- mu M + G
         for turn in exchange.turns(grads):
             # Rounded once, here, to what Newton-Schulz computes in: a slice that travels is the same as one that stays.
             slices = [
-                update.direction(grads[i][a:b], momenta[i][a:b], mu, group["nesterov"]).to(wire)
-                for i, a, b in turn.slices
+                update.direction(grads[i][a:b], momenta[i][a:b], mu, group["nesterov"], wire) for i, a, b in turn.slices
             ]
             stacks = turn.to_matrices(slices, wire)  # exchange: whole matrices, each on its owner
             del slices
@@ -171,13 +170,15 @@ class Muon(Optimizer):
 
     def _orthogonalize(self, stack: Stack, group: dict[str, Any]) -> Tensor:
         self.telemetry.orthogonalized += len(stack.matrices)
+        scaling = group["adjust_lr_fn"], group["update_rms"], group["hidden_size"]
         ortho = newton_schulz(
             stack.matrices,
             steps=group["ns_steps"],
             coefficients=group["ns_coefficients"],
             dtype=NS_DTYPES[group["ns_dtype"]],
+            scale=update.scale(stack.shape, *scaling),
         )
-        return update.scale_(ortho, stack.shape, group["adjust_lr_fn"], group["update_rms"], group["hidden_size"])
+        return update.equalize_(ortho, group["update_rms"]) if scaling[0] == "inverse_rms" else ortho
 
     def _prepare(self) -> list[Unit]:
         """The units that this call must step, after every check; none if nothing may change."""
@@ -187,7 +188,7 @@ class Muon(Optimizer):
         if verdict.zero:
             # Nobody trains with zeros from the start: an engine (DCP, DeepSpeed without ZeRO) wants the state to exist.
             for unit in units:
-                self._adam_state(unit) if unit.exchange is None else self._momenta(unit)
+                (state.adam if unit.exchange is None else state.momenta)(self.state, unit)
         if verdict.zero or not verdict.any:
             forget(units)
             return []
@@ -225,36 +226,9 @@ class Muon(Optimizer):
     def _budget(self, group: dict[str, Any]) -> int:
         return max(1, self.exchange_bytes // NS_DTYPES[group.get("ns_dtype", "float32")].itemsize)
 
-    def _momenta(self, unit: Unit) -> dict[int, Tensor]:
-        """This rank's part of the momentum of each parameter of a unit, made where it is missing."""
-        holders = unit.storage.holders
-        for p in holders:
-            if p.grad is not None and "momentum_buffer" not in self.state[p]:
-                # At least float32 whatever the weights are: the sum form reaches 20 gradients at momentum 0.95, and
-                # in bfloat16 a new gradient of relative size 1/256 would be lost.
-                dtype = torch.promote_types(p.dtype, torch.float32)
-                self.state[p]["momentum_buffer"] = torch.zeros_like(
-                    p, dtype=dtype, memory_format=torch.contiguous_format
-                )
-            elif p in self.state and not self.state[p]["momentum_buffer"].is_contiguous():
-                # A loaded one may have the strides of its parameter: its flat form would be a copy, and lose updates.
-                self.state[p]["momentum_buffer"] = self.state[p]["momentum_buffer"].contiguous()
-        buffers = [self.state[p].get("momentum_buffer") if p in self.state else None for p in holders]
-        return {i: m for i, m in enumerate(unit.storage.flat(buffers)) if m is not None}
-
-    def _adam_state(self, unit: Unit) -> list[Tensor]:
-        """The holders that have a gradient, with AdamW's state made where it is missing."""
-        params = [p for p in unit.storage.holders if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)  # bfloat16 cannot count past 256
-                self.state[p]["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return params
-
     def _step_adamw(self, unit: Unit) -> None:
         storage, group = unit.storage, unit.group
-        params = self._adam_state(unit)
+        params = state.adam(self.state, unit)
         grads = [p.grad for p in params if p.grad is not None]
         update.adamw_(
             [storage.local(p) for p in params],

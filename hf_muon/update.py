@@ -7,6 +7,7 @@ their logical shape rather than reading it off a tensor, so that a shard can nev
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,44 +15,68 @@ from torch.optim.adamw import adamw
 
 from .config import SCALE_ALIASES
 
+# Elementwise passes over large tensors on a CPU are made in blocks that stay in its cache: 1.3-1.5x faster.
+_BLOCK = 2**18
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Aligned parts of 1-D tensors (others, and those on a GPU, come whole)."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() <= _BLOCK or any(t.ndim != 1 for t in tensors):
+        return iter([tensors])
+    return zip(*(t.split(_BLOCK) for t in tensors), strict=True)
+
 
 def accumulate_(momentum_buffer: Tensor, grad: Tensor, momentum: float) -> None:
     """Equation (1): ``M <- mu M + G``. A sum, not an average; ``grad`` may be of lower precision."""
-    momentum_buffer.mul_(momentum).add_(grad)
+    if grad.dtype == momentum_buffer.dtype:
+        torch.add(grad, momentum_buffer, alpha=momentum, out=momentum_buffer)
+    else:
+        momentum_buffer.mul_(momentum).add_(grad)
 
 
-def direction(grad: Tensor, momentum_buffer: Tensor, momentum: float, nesterov: bool) -> Tensor:
-    """What is orthogonalized: ``G + mu M`` (Nesterov, footnote 1 of the paper) or ``M``."""
-    return torch.add(grad, momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
+def direction(grad: Tensor, momentum_buffer: Tensor, momentum: float, nesterov: bool, like: Tensor) -> Tensor:
+    """What is orthogonalized: ``G + mu M`` (Nesterov, footnote 1 of the paper) or ``M``, placed as ``like``."""
+    if not nesterov:
+        return momentum_buffer.to(like)
+    if like.device != grad.device or grad.dtype == like.dtype == momentum_buffer.dtype:
+        return torch.add(grad, momentum_buffer, alpha=momentum).to(like)
+    out = torch.empty_like(grad, dtype=like.dtype)
+    for target, g, m in _blocks(out, grad, momentum_buffer):
+        target.copy_(torch.add(g, m, alpha=momentum))
+    return out
 
 
-def scale_(
-    stack: Tensor, shape: tuple[int, int], adjust_lr_fn: str, update_rms: float, hidden_size: int | None = None
-) -> Tensor:
-    """Scale orthogonalized matrices ``[n, ...]`` of logical ``shape`` (A output rows, B input columns), in place.
+def scale(shape: tuple[int, int], adjust_lr_fn: str, update_rms: float, hidden_size: int | None = None) -> float:
+    """What multiplies an orthogonalized matrix of logical ``shape`` (A output rows, B input columns).
 
     The factors are those of section 3.1 and Table 1 of the paper, and torch's default:
 
     * ``sqrt_max_dims``: ``update_rms * sqrt(max(A, B))`` ("Adjusted LR", equation (4));
-    * ``inverse_rms``: ``update_rms / RMS(O)`` ("Update Norm"), per matrix;
+    * ``inverse_rms``: ``update_rms / RMS(O)`` ("Update Norm"), per matrix: 1 here, and :func:`equalize_` follows;
     * ``sqrt_hidden_size``: ``update_rms * sqrt(hidden_size)`` ("Baseline");
     * ``original``: ``sqrt(max(1, A / B))``, without ``update_rms``.
     """
     a, b = shape
     adjust_lr_fn = SCALE_ALIASES.get(adjust_lr_fn, adjust_lr_fn)
     if adjust_lr_fn == "sqrt_max_dims":
-        return stack.mul_(update_rms * math.sqrt(max(a, b)))
+        return update_rms * math.sqrt(max(a, b))
     if adjust_lr_fn == "original":
-        return stack.mul_(math.sqrt(max(1.0, a / max(b, 1))))
+        return math.sqrt(max(1.0, a / max(b, 1)))
     if adjust_lr_fn == "sqrt_hidden_size":
         if hidden_size is None:
             raise ValueError("adjust_lr_fn='sqrt_hidden_size' needs hidden_size (H in 0.2 * sqrt(H)) in the group")
-        return stack.mul_(update_rms * math.sqrt(hidden_size))
+        return update_rms * math.sqrt(hidden_size)
     if adjust_lr_fn == "inverse_rms":
-        norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-        factor = update_rms * math.sqrt(a * b) / norm.masked_fill(norm == 0, 1.0)
-        return stack.mul_(factor.to(stack.dtype))
+        return 1.0
     raise ValueError(f"unknown adjust_lr_fn {adjust_lr_fn!r}")
+
+
+def equalize_(stack: Tensor, update_rms: float) -> Tensor:
+    """Give every matrix of ``[n, A, B]`` the RMS ``update_rms``, in place; a zero matrix stays zero."""
+    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    factor = update_rms * math.sqrt(stack[0].numel()) / norm.masked_fill(norm == 0, 1.0)
+    return stack.mul_(factor.to(stack.dtype))
 
 
 def apply_(param: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
@@ -59,10 +84,11 @@ def apply_(param: Tensor, update: Tensor, lr: float, weight_decay: float) -> Non
 
     A parameter of half precision is computed in float32 and rounded once, not after each of the two operations.
     """
-    if param.dtype in (torch.bfloat16, torch.float16):
-        param.copy_(param.float().mul_(1 - lr * weight_decay).add_(update, alpha=-lr))
-    else:
-        param.mul_(1 - lr * weight_decay).add_(update, alpha=-lr)
+    for weight, change in _blocks(param, update):
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            weight.copy_(weight.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr))
+        else:
+            weight.mul_(1 - lr * weight_decay).add_(change, alpha=-lr)
 
 
 def adamw_(
@@ -75,7 +101,15 @@ def adamw_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One AdamW step by torch's own single-tensor implementation, hence bit-equal to ``AdamW(foreach=False)``."""
+    """One AdamW step by torch's own fused implementation: bit-equal to ``AdamW(fused=True)``, the Trainer's default.
+
+    Where that takes no part (other devices than CPU and GPU, gradients of another type than their weights), it is the
+    single-tensor one, bit-equal to ``AdamW(foreach=False)``.
+    """
+    fused = all(
+        p.device.type in ("cpu", "cuda") and g.dtype == p.dtype == s["exp_avg"].dtype == s["exp_avg_sq"].dtype
+        for p, g, s in zip(params, grads, states, strict=True)
+    )
     adamw(
         params,
         grads,
@@ -84,6 +118,7 @@ def adamw_(
         [],
         [state["step"] for state in states],
         foreach=False,
+        fused=fused,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

@@ -25,6 +25,7 @@ LEVELS = {
     "moonlight": 1,
     "units": 5,
     "canonical": 6,
+    "state": 6,
     "routing": 6,
     "groups": 7,
     "plan": 8,

@@ -80,7 +80,7 @@ def test_adamw_groups_are_bit_equal_to_torch_adamw(dtype):
     ours, theirs = ([torch.nn.Parameter(s.clone()) for s in start] for _ in range(2))
     hyper = dict(lr=3e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.03)
     a = Muon([{"params": ours, "algorithm": "adamw"}], **hyper)
-    b = torch.optim.AdamW(theirs, foreach=False, **hyper)
+    b = torch.optim.AdamW(theirs, fused=True, **hyper)
     for step in range(20):
         for x, y in zip(ours, theirs, strict=True):
             x.grad = None if step == 3 and x.ndim == 2 else torch.randn_like(x)

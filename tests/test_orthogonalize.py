@@ -44,6 +44,56 @@ def test_bf16_is_within_the_rounding_band_of_fp64(shape):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-2
 
 
+# From GRAM_SIZE and GRAM_ASPECT on, in bf16, the Gram form; below them, one matrix at a time (on a CPU).
+LARGE = [(256, 256), (256, 512), (512, 256), (300, 700), (256, 1024), (1100, 260)]
+
+
+@pytest.mark.parametrize(("name", "steps"), [("moonlight", 5), ("polar_express", 5), ("you", 5), ("taylor", 5)])
+@pytest.mark.parametrize("shape", LARGE)
+def test_every_path_of_bf16_is_within_the_rounding_band_of_fp64(shape, name, steps):
+    torch.manual_seed(0)
+    G = torch.randn(2, *shape)
+    got = newton_schulz(G, coefficients=name, steps=steps).double().numpy()
+    for x, y in zip(G, got, strict=True):
+        want = newton_schulz_fp64(x, schedule(name, steps))
+        assert np.linalg.norm(y - want) / np.linalg.norm(want) < 5e-2
+
+
+def _spectra(n):
+    yield "decaying", torch.logspace(0, -2, n)
+    yield "rank one and noise", torch.cat([torch.ones(1), torch.full((n - 1,), 1e-2)])
+    yield "low rank and noise", torch.cat([torch.ones(n // 8), torch.full((n - n // 8,), 1e-3)])
+    yield "power law", torch.arange(1, n + 1) ** -1.0
+
+
+@pytest.mark.parametrize("name", ["moonlight", "polar_express", "you"])
+def test_gram_form_is_as_near_to_fp64_as_plain_iteration_on_spectra_that_decay(name, monkeypatch):
+    torch.manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(256, 640), full_matrices=False)
+    errors = {}
+    for kind, s in _spectra(256):
+        G = (U * s @ V).bfloat16()
+        want = newton_schulz_fp64(G.float(), schedule(name, 5))
+        for aspect in (2.0, math.inf):
+            monkeypatch.setattr(module, "GRAM_ASPECT", aspect)
+            got = newton_schulz(G, coefficients=name).double().numpy()
+            errors[kind, aspect] = np.linalg.norm(got - want) / np.linalg.norm(want)
+        # Without a restart this ratio is 20 and more; a restart after two carried steps, as peers have it, gives 3-4.
+        assert errors[kind, 2.0] < 1.6 * errors[kind, math.inf] + 0.01, kind
+    assert errors["decaying", 2.0] != errors["decaying", math.inf], "the Gram form was not taken"
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (256, 300), (256, 600)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scale_multiplies_the_result(shape, dtype):
+    torch.manual_seed(0)
+    G = torch.randn(2, *shape)
+    one = newton_schulz(G, dtype=dtype).float()
+    assert torch.equal(newton_schulz(G, dtype=dtype, scale=8.0).float(), 8 * one), "a power of two rounds alike"
+    odd = newton_schulz(G, dtype=dtype, scale=7.3).float()
+    assert (odd / 7.3 - one).norm() / one.norm() < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_zero_gradient_gives_exactly_zero_and_leaves_its_neighbours_alone(dtype):
     torch.manual_seed(0)
@@ -65,9 +115,10 @@ def test_nan_stays_in_its_own_matrix():
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-7, 1.0, 1e7, 1e30, 1e38])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_scale_of_the_gradient_does_not_matter(scale, dtype):
+@pytest.mark.parametrize("shape", [(24, 40), (256, 260)])
+def test_scale_of_the_gradient_does_not_matter(shape, scale, dtype):
     torch.manual_seed(0)
-    G = torch.rand(24, 40) + 0.1 * torch.randn(24, 40).clamp(-1, 1)
+    G = torch.rand(shape) + 0.1 * torch.randn(shape).clamp(-1, 1)
     base, scaled = newton_schulz(G, dtype=dtype), newton_schulz(G * scale, dtype=dtype)
     # Float32 subnormals carry fewer bits; everywhere else only the rounding of the division differs.
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2

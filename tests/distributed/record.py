@@ -5,6 +5,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_muon import Muon
 from hf_muon.exchange.layout import span_on
+from hf_muon.state import momenta
 from hf_muon.units import Unit
 
 
@@ -72,7 +73,7 @@ def outcome(model: torch.nn.Module, muon: Muon | None, recorder: Recorder | None
         result["weights"].update(slices(unit, unit.weights()))
         result["plan"] += plan(unit)
         if unit.exchange is not None:
-            result["momentum"].update(slices(unit, muon._momenta(unit)))
+            result["momentum"].update(slices(unit, momenta(muon.state, unit)))
     return {
         **result,
         "orthogonalized": muon.telemetry.orthogonalized,
