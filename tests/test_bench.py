@@ -1,0 +1,72 @@
+"""The benchmark compares equals: same matrices, same update, and it refuses a wrong one."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import bench
+import bench_workloads
+from bench_contenders import CONTENDERS, Torch
+from bench_workloads import WORKLOADS, Workload, single, tensors
+
+from hf_muon.matrices import MatrixLayout
+
+TINY = Workload(
+    note="tiny",
+    matrices=(MatrixLayout((3, 8, 12), batch=1, sizes=(4, 4)), MatrixLayout((16, 12))),
+    others=((12,),),
+    rounds=2,
+)
+
+
+def test_fused_parameters_and_single_matrices_are_the_same_elements_in_all_workloads():
+    for name, workload in WORKLOADS.items():
+        weights = [torch.empty(s, device="meta") for s in [m.shape for m in workload.matrices]]
+        assert sum(m.numel() for m in single(workload, weights)) == workload.elements[0], name
+        assert len(single(workload, weights)) == sum(m.total() for m in workload.matrices), name
+
+
+def test_single_matrices_are_views_of_the_fused_ones():
+    weights, _ = tensors(TINY, torch.device("cpu"))
+    for matrix in single(TINY, weights):
+        matrix.fill_(7.0)
+    assert all((w == 7).all() for w in weights[:2]) and not (weights[2] == 7).any()
+
+
+@pytest.mark.parametrize("name", ["hf_muon", "torch"])
+def test_contenders_follow_float64(name):
+    weights, grads = tensors(TINY, torch.device("cpu"))
+    contender = CONTENDERS[name](TINY, [w.clone() for w in weights], grads)
+    contender.step()
+    assert 0 < bench.error(contender, TINY, weights, grads) < bench.BAND
+
+
+def test_a_contender_with_a_wrong_update_is_not_timed(monkeypatch):
+    class Wrong(Torch):
+        def step(self):
+            super().step()
+            self.weights[1].add_(torch.randn_like(self.weights[1]))
+
+    monkeypatch.setitem(CONTENDERS, "torch", Wrong)
+    with pytest.raises(SystemExit, match="torch on tiny: first update is"):
+        bench.measure("tiny", TINY, ["hf_muon", "torch"], torch.device("cpu"))
+
+
+def test_a_run_counts_operations_and_writes_every_number(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(bench_workloads.WORKLOADS, "tiny", TINY)
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "tiny", "--contenders", "torch", "adamw", "--json", str(tmp_path / "x.json")]
+    )
+    bench.main()
+    steps = json.loads((tmp_path / "x.json").read_text())["workloads"]["tiny"]["steps"]
+    # X X^T, its square and the product with X, five times: 6 of 4 x 12, 3 of 8 x 4 (from the second piece) counted by hand.
+    matrices = [(n, min(a, b), max(a, b)) for m in TINY.matrices for n, a, b in m.matrices()]
+    by_hand = sum(5 * n * (4 * small * small * large + 2 * small**3) for n, small, large in matrices)
+    assert steps["hf_muon"]["operations"] == steps["torch"]["operations"] == by_hand
+    assert steps["adamw"]["operations"] == 0 and len(steps["torch"]["seconds"]) == TINY.rounds
+    assert "| tiny | torch |" in capsys.readouterr().out
