@@ -64,7 +64,7 @@ def test_a_run_counts_operations_and_writes_every_number(monkeypatch, tmp_path, 
     )
     bench.main()
     steps = json.loads((tmp_path / "x.json").read_text())["workloads"]["tiny"]["steps"]
-    # X X^T, its square and the product with X, five times: 6 of 4 x 12, 3 of 8 x 4 (from the second piece) counted by hand.
+    # X X^T, its square and the product with X, five times, on the smaller side.
     matrices = [(n, min(a, b), max(a, b)) for m in TINY.matrices for n, a, b in m.matrices()]
     by_hand = sum(5 * n * (4 * small * small * large + 2 * small**3) for n, small, large in matrices)
     assert steps["hf_muon"]["operations"] == steps["torch"]["operations"] == by_hand
