@@ -18,8 +18,8 @@ from .exchange.layout import span_on
 from .units import Unit
 
 MARK, VERSION = "hf_muon_format", 1
-SHARED = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
-"""The state that lies as the parameters do, by algorithm; AdamW also counts its steps."""
+SHARED = {"muon": ("momentum_buffer", "compensation"), "adamw": ("exp_avg", "exp_avg_sq", "compensation")}
+"""The state that lies as the parameters do, by algorithm, where it exists; AdamW also counts its steps."""
 NOT_OPTIONS = ("params", "shards", *checks.STRUCTURE)
 
 State = Mapping[str, Mapping[str, Tensor]]
@@ -130,7 +130,9 @@ def _spread_state(unit: Unit, found: Mapping[str, Mapping[str, Tensor]], state: 
             state.pop(holder, None)
             continue
         for key in SHARED[unit.group["algorithm"]]:
-            dtype = next(values[key].dtype for values in saved if values)
+            dtype = next((values[key].dtype for values in saved if key in values), None)
+            if dtype is None:
+                continue
             state[holder][key] = torch.zeros_like(holder, dtype=dtype, memory_format=torch.contiguous_format)
         if unit.group["algorithm"] == "adamw":
             steps = [float(values["step"]) for values in saved if values]

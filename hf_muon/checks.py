@@ -57,6 +57,8 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
         raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {group['algorithm']!r}")
     number("lr", group["lr"], 0.0)
     number("weight_decay", group["weight_decay"], 0.0)
+    if not isinstance(group["kahan_sum"], bool):
+        raise ValueError(f"kahan_sum must be True or False, got {group['kahan_sum']!r}")
     if group["algorithm"] == "adamw":
         if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
             raise ValueError(f"betas must be two numbers, got {group['betas']!r}")
@@ -69,6 +71,9 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
         raise ValueError("update_rms must be positive, got 0")
     if not isinstance(group["nesterov"], bool):
         raise ValueError(f"nesterov must be True or False, got {group['nesterov']!r}")
+    if group["momentum_dtype"] not in NS_DTYPES:
+        choices = ", ".join(NS_DTYPES)
+        raise ValueError(f"momentum_dtype must be one of {choices}, got {group['momentum_dtype']!r}")
     if group["adjust_lr_fn"] not in (*SCALES, *SCALE_ALIASES):
         choices = ", ".join((*SCALES, *SCALE_ALIASES))
         raise ValueError(f"adjust_lr_fn must be one of {choices}, got {group['adjust_lr_fn']!r}")

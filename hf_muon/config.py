@@ -24,6 +24,8 @@ UPDATE_KEYS: tuple[str, ...] = (
     "ns_dtype",
     "adjust_lr_fn",
     "update_rms",
+    "momentum_dtype",
+    "kahan_sum",
 )
 """The fields of :class:`MuonConfig` that a Muon group carries; the others decide which groups there are."""
 
@@ -68,6 +70,11 @@ class MuonConfig:
     exclude: tuple[str, ...] = ()
     """``fnmatch`` patterns of parameter names that AdamW must train; joined by ``;``."""
 
+    momentum_dtype: str = "float32"
+    """Of the momentum buffer: ``float32`` or ``bfloat16``, half the memory, which rounds away small gradients."""
+    kahan_sum: bool = False
+    """For bfloat16 weights without float32 masters: a bfloat16 buffer beside each weight keeps what rounding loses, so
+    that small updates add up; AdamW's moments are float32 then."""
     share_newton_schulz: bool = True
     """Under DDP, orthogonalize each matrix on one rank and gather the updates; false repeats the work on every rank."""
     exchange_bytes: int = 2**27
@@ -81,11 +88,13 @@ class MuonConfig:
                 _check_number(name, getattr(self, name), 0.0, math.inf, open_end=True)
         schedule(self.ns_coefficients, self.ns_steps)
         _check_choice("ns_dtype", self.ns_dtype, tuple(NS_DTYPES))
+        _check_choice("momentum_dtype", self.momentum_dtype, tuple(NS_DTYPES))
         _check_choice("adjust_lr_fn", self.adjust_lr_fn, (*SCALES, *SCALE_ALIASES))
         _check_choice("lora", self.lora, LORA_FACTORS)
         if isinstance(self.exchange_bytes, bool) or not isinstance(self.exchange_bytes, int) or self.exchange_bytes < 1:
             raise ValueError(f"exchange_bytes must be a positive integer, got {self.exchange_bytes!r}")
-        for name in ("nesterov", "decay_norms_and_biases", "split_fused", "per_head", "share_newton_schulz"):
+        switches = "nesterov", "kahan_sum", "decay_norms_and_biases", "split_fused", "per_head", "share_newton_schulz"
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("include", "exclude"):
@@ -207,6 +216,7 @@ _PARSERS: dict[str, Any] = {
     "muon_lr": float,
     "adamw_lr": float,
     "decay_norms_and_biases": _bool,
+    "kahan_sum": _bool,
     "split_fused": _bool,
     "per_head": _bool,
     "share_newton_schulz": _bool,

@@ -49,11 +49,12 @@ def param_groups(
         **{key: getattr(config, key) for key in asked},
     }
     # Few groups: DeepSpeed flattens and partitions each group on its own.
+    rounding = {"kahan_sum": config.kahan_sum} if "kahan_sum" in asked else {}
     groups = []
     for members, algorithm, rate, decay, more in (
         (muon, "muon", config.muon_lr, weight_decay, matrices),
-        (adamw, "adamw", config.adamw_lr, weight_decay, {}),
-        (plain, "adamw", config.adamw_lr, 0.0, {}),
+        (adamw, "adamw", config.adamw_lr, weight_decay, rounding),
+        (plain, "adamw", config.adamw_lr, 0.0, rounding),
     ):
         rates = {"lr": lr if rate is None else rate, "weight_decay": decay}
         group = {

@@ -51,6 +51,7 @@ class Muon(Optimizer):
             are recognised by their tensors and need no group here.
         exchange_bytes: matrices of at most this many bytes (in ``ns_dtype``) are orthogonalized at a time on a rank;
             the transient memory of a step is a small multiple of it, whatever the size of the model.
+        momentum_dtype, kahan_sum: see :class:`hf_muon.MuonConfig`.
 
     Raises:
         ValueError, TypeError: at construction, for any value outside its range, a tensor ``lr``, an empty group, a
@@ -82,6 +83,8 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         process_group: Any = None,
         exchange_bytes: int = 2**27,
+        momentum_dtype: str | torch.dtype = "float32",
+        kahan_sum: bool = False,
     ) -> None:
         defaults = dict(
             algorithm="muon",
@@ -97,6 +100,8 @@ class Muon(Optimizer):
             hidden_size=hidden_size,
             betas=tuple(betas),
             eps=eps,
+            momentum_dtype=str(momentum_dtype).removeprefix("torch."),
+            kahan_sum=kahan_sum,
         )
         self.telemetry = Telemetry()
         self.process_group = process_group
@@ -148,6 +153,7 @@ class Muon(Optimizer):
         """Algorithm 1 of the paper: elementwise where slices are stored, Newton-Schulz where whole matrices are."""
         group, record = unit.group, self.telemetry.record(unit.key)
         lr, decay, mu = group["lr"], group["weight_decay"], group["momentum"]
+        lost = dict(enumerate(unit.storage.flat(state.compensations(self.state, unit))))
         wire = torch.empty(0, dtype=NS_DTYPES[group["ns_dtype"]], device=unit.storage.device)
         weights, momenta, grads = unit.weights(), state.momenta(self.state, unit), unit.grads
         for i, grad in grads.items():
@@ -163,7 +169,8 @@ class Muon(Optimizer):
             del stacks
             for (i, a, b), change in turn.to_storage(results, wire):  # exchange: where W is stored
                 change = change.to(weights[i].device)
-                update.apply_(weights[i][a:b], change, lr, decay)  # storage: W <- W - lr (change + decay W)
+                rest = None if (rest := lost.get(i)) is None else rest[a:b]
+                update.apply_(weights[i][a:b], change, lr, decay, rest)  # storage: W <- W - lr (change + decay W)
                 record.update(unit.kinds[i], change)
             results, change = [], wire  # what is left of this turn must not outlive it
         unit.storage.write_back(weights)
@@ -189,6 +196,7 @@ class Muon(Optimizer):
             # Nobody trains with zeros from the start: an engine (DCP, DeepSpeed without ZeRO) wants the state to exist.
             for unit in units:
                 (state.adam if unit.exchange is None else state.momenta)(self.state, unit)
+                state.compensations(self.state, unit)
         if verdict.zero or not verdict.any:
             forget(units)
             return []
@@ -284,11 +292,13 @@ class Muon(Optimizer):
         super().load_state_dict(state_dict)
         for group, structure in zip(self.param_groups, present, strict=True):
             group.update(structure)
-        # torch casts floating state to the parameter's dtype, which would round the float32 momentum of bfloat16
-        # weights; what was saved is put back as it was.
+            for key in ("momentum_dtype", "kahan_sum"):  # not in what earlier versions saved
+                group.setdefault(key, self.defaults[key])
+        # torch casts floating state to the parameter's dtype, which would round the float32 state of bfloat16 weights;
+        # what was saved is put back as it was.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
-            buffer = state_dict["state"].get(i, {}).get("momentum_buffer")
-            if buffer is not None and buffer.dtype != p.dtype:
-                self.state[p]["momentum_buffer"] = buffer.detach().to(device=p.device, copy=True)
+            for key, value in state_dict["state"].get(i, {}).items():
+                if value.shape == p.shape and value.dtype != p.dtype:
+                    self.state[p][key] = value.detach().to(device=p.device, copy=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def accumulate_(momentum_buffer: Tensor, grad: Tensor, momentum: float) -> None:
     if grad.dtype == momentum_buffer.dtype:
         torch.add(grad, momentum_buffer, alpha=momentum, out=momentum_buffer)
     else:
-        momentum_buffer.mul_(momentum).add_(grad)
+        for m, g in _blocks(momentum_buffer, grad):  # summed in the wider type, rounded once
+            m.copy_(torch.add(g, m, alpha=momentum))
 
 
 def direction(grad: Tensor, momentum_buffer: Tensor, momentum: float, nesterov: bool, like: Tensor) -> Tensor:
@@ -79,16 +81,33 @@ def equalize_(stack: Tensor, update_rms: float) -> Tensor:
     return stack.mul_(factor.to(stack.dtype))
 
 
-def apply_(param: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
+def apply_(param: Tensor, update: Tensor, lr: float, weight_decay: float, lost: Tensor | None = None) -> None:
     """Equation (4) with decoupled decay: ``W <- (1 - lr * weight_decay) W - lr * update``, in place.
 
-    A parameter of half precision is computed in float32 and rounded once, not after each of the two operations.
+    A parameter of half precision is computed in float32 and rounded once, not after each of the two operations;
+    ``lost`` is what that rounding has taken from it so far, and is added back first (Kahan, 1965).
     """
+    if lost is not None:
+        for weight, change, rest in _blocks(param, update, lost):
+            exact = whole(weight, rest).mul_(1 - lr * weight_decay).add_(change, alpha=-lr)
+            split_(exact, weight, rest)
+        return
     for weight, change in _blocks(param, update):
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight.copy_(weight.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr))
         else:
             weight.mul_(1 - lr * weight_decay).add_(change, alpha=-lr)
+
+
+def whole(weight: Tensor, lost: Tensor) -> Tensor:
+    """A half-precision weight and what rounding took from it, in float32."""
+    return weight.float().add_(lost)
+
+
+def split_(exact: Tensor, weight: Tensor, lost: Tensor) -> None:
+    """Round ``exact`` into ``weight``, and keep the rest in ``lost``; ``exact`` is used up."""
+    weight.copy_(exact)
+    lost.copy_(exact.sub_(weight))
 
 
 def adamw_(
@@ -106,6 +125,17 @@ def adamw_(
     Where that takes no part (other devices than CPU and GPU, gradients of another type than their weights), it is the
     single-tensor one, bit-equal to ``AdamW(foreach=False)``.
     """
+    hyper: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1], "lr": lr, "weight_decay": weight_decay, "eps": eps}
+    plain = [i for i, state in enumerate(states) if "compensation" not in state]
+    _adamw([params[i] for i in plain], [grads[i] for i in plain], [states[i] for i in plain], hyper)
+    for p, grad, state in zip(params, grads, states, strict=True):
+        if "compensation" in state:  # one by one: each needs a float32 copy
+            exact = whole(p, state["compensation"])
+            _adamw([exact], [grad.float()], [state], hyper)
+            split_(exact, p, state["compensation"])
+
+
+def _adamw(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hyper: dict[str, Any]) -> None:
     fused = all(
         p.device.type in ("cpu", "cuda") and g.dtype == p.dtype == s["exp_avg"].dtype == s["exp_avg_sq"].dtype
         for p, g, s in zip(params, grads, states, strict=True)
@@ -120,10 +150,6 @@ def adamw_(
         foreach=False,
         fused=fused,
         amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
         maximize=False,
+        **hyper,
     )
