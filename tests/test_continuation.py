@@ -284,7 +284,9 @@ def test_a_stream_at_its_end_begins_anew_and_can_be_resumed_there():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("engine", "kind"), [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED")])
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"), ("fsdp2", "FSDP")]
+)
 def test_two_ranks_equal_one_process(corpus, tmp_path, engine, kind):
     # With a carried state, experts to balance, and steps of several forward passes.
     first = dict(model="moe", optim_args="ns_dtype=float32", per_device_train_batch_size=1)
