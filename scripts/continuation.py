@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cards import OptimizerCard
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -56,6 +57,12 @@ class TokenArguments:
         default=None, metadata={"help": "Balance experts by their biases with this u (Moonlight: 1e-3)."}
     )
     expert_bias_until: str | None = field(default=None, metadata={"help": "u is 0 from so many tokens on."})
+
+    def described(self) -> dict[str, str]:
+        """The schedule for a model card."""
+        parts = {"lr_stages": "; ".join(self.lr_stages or ()), "batch_ramp": "; ".join(self.batch_ramp or ())}
+        entered = {"start_tokens": self.start_tokens, "start_step": self.start_step, "rewarm_steps": self.rewarm_steps}
+        return parts | {key: str(value) for key, value in entered.items() if value}
 
     def __post_init__(self) -> None:
         if bool(self.lr_stages) != bool(self.batch_ramp):
@@ -198,7 +205,7 @@ class _SaveDataState(TrainerCallback):
             (folder / DATA_STATE).write_text(json.dumps(self.source.state()))
 
 
-class TokenTrainer(Trainer):
+class TokenTrainer(OptimizerCard, Trainer):
     """The Trainer on a schedule in tokens: learning rate, batch and data follow from the step."""
 
     def __init__(self, *, run: Run, source: Any, skip: int, decay_everything: bool, **kwargs: Any) -> None:

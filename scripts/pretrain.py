@@ -20,6 +20,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from cards import OptimizerCard
 from continuation import Shuffled, Streamed, TokenArguments, TokenTrainer, make_run
 from datasets import Dataset, IterableDataset, load_dataset
 from lifecycle import model_source, train_and_report
@@ -80,6 +81,15 @@ class PretrainArguments:
             raise ValueError("config_overrides changes a config: use it with config_name")
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, got {self.block_size}")
+
+    def start(self) -> str:
+        """What a model card says that training starts from."""
+        if self.model_name_or_path:
+            return "/".join(filter(None, (self.model_name_or_path, self.model_subfolder)))
+        if self.continue_from:
+            return f"{self.continue_from} with {'its' if self.carry_optimizer else 'fresh'} optimizer state"
+        changes = f" with {self.config_overrides}" if self.config_overrides else ""
+        return f"random weights ({self.config_name}{changes})"
 
     def weights(self) -> str | None:
         """Folder or hub name of the weights to start from, if they are not random."""
@@ -191,6 +201,10 @@ def make_callbacks(arguments: PretrainArguments, tokens: TokenArguments, model: 
     return callbacks
 
 
+class PretrainTrainer(OptimizerCard, Trainer):
+    """The Trainer, whose model card names the optimizer."""
+
+
 def make_trainer(
     arguments: PretrainArguments, tokens: TokenArguments, args: TrainingArguments, model: Any, tokenizer: Any
 ) -> Trainer:
@@ -205,15 +219,18 @@ def make_trainer(
         "data_collator": collate,
         "processing_class": tokenizer,
         "callbacks": make_callbacks(arguments, tokens, model, run),
+        "base": arguments.start(),
+        "data": [arguments.dataset_name],
     }
     if run is None:
-        trainer = Trainer(train_dataset=blocks["train"], **options)
+        trainer: Trainer = PretrainTrainer(train_dataset=blocks["train"], **options)
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         batch = f"{sequences * arguments.block_size:,} tokens per step"
     else:
         source = Streamed(blocks["train"]) if tokens.dataset_streaming else Shuffled(blocks["train"], args.seed)
         skip = parse_tokens(tokens.skip_tokens) // arguments.block_size
-        trainer = TokenTrainer(run=run, source=source, skip=skip, decay_everything=tokens.decay_everything, **options)
+        options |= {"skip": skip, "decay_everything": tokens.decay_everything, "schedule": tokens.described()}
+        trainer = TokenTrainer(run=run, source=source, **options)
         batch = f"schedule from {run.tokens(0):,} to {run.tokens(args.max_steps):,} tokens in {args.max_steps:,} steps"
     size = "a stream of" if tokens.dataset_streaming else f"{len(blocks['train']):,}"
     trainer.accelerator.print(
