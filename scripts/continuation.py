@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from cards import OptimizerCard
+from datasets.utils import tqdm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -154,6 +155,7 @@ class Streamed:
         elif start:
             logger.warning("reading over %d sequences of the stream; nothing is trained meanwhile", start)
         self.dataset.set_epoch(self.passes)
+        bar = tqdm(total=start, initial=self.read, desc="reading over", unit=" blocks", disable=self.read >= start)
         if self.read:
             self.dataset.load_state_dict(self._restored["stream"])
         while True:
@@ -161,7 +163,9 @@ class Streamed:
             for row in self.dataset:
                 self.read += 1
                 if self.read > start:
+                    bar.close()
                     yield row
+                bar.update()
             if self.read == before:
                 raise ValueError("the stream has no block of block_size tokens: give more text or smaller blocks")
             self.passes += 1

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
 from huggingface_hub import snapshot_download, upload_folder
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -26,6 +28,13 @@ class HeldOutLosses:
     after: float
     step: int
     """After which the saved model stood."""
+
+
+def progress_bars(args: Any) -> None:
+    """``disable_tqdm`` silences all bars, of data and weights too; otherwise one process of a machine draws them."""
+    if args.disable_tqdm or args.local_process_index:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def model_source(name: str, subfolder: str | None, revision: str) -> str:

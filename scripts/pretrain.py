@@ -23,7 +23,8 @@ import torch
 from cards import OptimizerCard
 from continuation import Shuffled, Streamed, TokenArguments, TokenTrainer, make_run
 from datasets import Dataset, IterableDataset, load_dataset
-from lifecycle import model_source, train_and_report
+from datasets.utils import tqdm
+from lifecycle import model_source, progress_bars, train_and_report
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
@@ -131,7 +132,8 @@ def load_blocks(arguments: PretrainArguments, tokenizer: Any, streaming: bool = 
     if streaming and "test" in blocks:
         if not limit:
             raise ValueError("a streamed test split has no known end: set max_test_blocks")
-        blocks["test"] = Dataset.from_list(list(blocks["test"].take(limit))).with_format("torch")
+        taken = list(tqdm(blocks["test"].take(limit), total=limit, desc="cutting test into blocks"))
+        blocks["test"] = Dataset.from_list(taken).with_format("torch")
     elif limit and len(blocks.get("test", ())) > limit:
         # Evenly spread: the first blocks would all be from a few files.
         stride = len(blocks["test"]) / limit
@@ -243,6 +245,7 @@ def make_trainer(
 def main() -> None:
     """Parse, build, train."""
     arguments, tokens, training_args = make_parser().parse_args_and_config()
+    progress_bars(training_args)
     source = arguments.tokenizer_name or arguments.weights() or arguments.config_name
     tokenizer = AutoTokenizer.from_pretrained(
         source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code

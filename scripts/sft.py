@@ -21,7 +21,7 @@ from typing import Any
 from cards import OptimizerCard
 from conversations import Reporter, Rules, check, has_messages, keep_good, load
 from datasets import Dataset
-from lifecycle import model_source, train_and_report
+from lifecycle import model_source, progress_bars, train_and_report
 from transformers import AutoTokenizer, set_seed
 from trl import (
     DatasetMixtureConfig,
@@ -160,6 +160,7 @@ def data_names(script_args: SFTScriptArguments, mixture: DatasetMixtureConfig) -
 def main() -> None:
     """Parse, build, train."""
     script_args, args, model_args, mixture = make_parser().parse_args_and_config()
+    progress_bars(args)
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: a hub name or a folder")
     base = "/".join(filter(None, (model_args.model_name_or_path, script_args.model_subfolder)))
