@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,9 @@ class OptimizerCard:
         # The hub refuses a card whose metadata name anything but its own repositories.
         card.data.base_model = self.base if _on_hub(self.base) else None
         card.data.datasets = [name for name in self.data if _on_hub(name)] or None
-        data = ", ".join(map(_link, self.data))
+        if hasattr(self.model, "peft_config"):
+            card.data.library_name = "peft"
+        data = ", ".join(_link(name, "datasets/") for name in self.data)
         text = FIRST_SENTENCE.sub(lambda _: f"Trained from {_link(self.base)} on {data}.", card.text, count=1)
         text = text.replace('model="None"', f'model="{self.args.output_dir}"')  # TRL's example, when nothing is pushed
         before, heading, after = text.partition(SECTION)
@@ -79,8 +82,8 @@ def _on_hub(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def _link(name: str) -> str:
-    return f"[{name}](https://huggingface.co/{name})" if _on_hub(name) else name
+def _link(name: str, folder: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{folder}{name})" if _on_hub(name) else name
 
 
 def _shares(model: Any, args: Any) -> dict[str, str]:
@@ -102,7 +105,8 @@ def facts(trainer: Any) -> dict[str, Any]:
     args, losses = trainer.args, held_out_losses(trainer.state, trainer.args)
     rows: dict[str, Any] = {"starts from": trainer.base, "data": ", ".join(trainer.data)}
     if losses:
-        rows["held-out loss"] = f"{losses.after:.4f} after {losses.step:,} steps, {losses.before:.4f} before training"
+        rows["held-out loss"] = f"{losses.after:.4f} after {losses.step:,} steps"
+        rows["held-out loss"] += "" if math.isnan(losses.before) else f", {losses.before:.4f} before training"
     ours = args.optim.value in NAMES
     name = "Muon, and AdamW for what is no hidden matrix" if ours else args.optim.value
     rows |= {"algorithm": f"{name} (hf_muon {hf_muon.__version__}, transformers {transformers.__version__})"}

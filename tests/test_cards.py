@@ -93,6 +93,7 @@ def test_metadata_name_repositories_of_the_hub_alone(tmp_path, on_hub):
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.datasets) == ((base, [data]) if on_hub else (None, None))
     assert (f"[{base}](https://huggingface.co/{base})" in card.text) == on_hub
+    assert (f"[{data}](https://huggingface.co/datasets/{data})" in card.text) == on_hub
     assert "trained from scratch" not in card.text and "unknown dataset" not in card.text
 
 
@@ -126,8 +127,10 @@ def test_the_best_models_loss_is_reported_when_that_is_what_is_saved(tmp_path):
     assert rows(tmp_path)["held-out loss"].startswith(f"{losses[1]:.4f} after 1 steps")
 
 
-def test_fine_tuning_keeps_trls_card_around_ours(tmp_path):
+@pytest.mark.parametrize("adapters", [False, True])
+def test_fine_tuning_keeps_trls_card_around_ours(tmp_path, adapters):
     import sft
+    from peft import LoraConfig
 
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     trainer = sft.FineTuner(
@@ -135,6 +138,7 @@ def test_fine_tuning_keeps_trls_card_around_ours(tmp_path):
         args=SFTConfig(**tiny.arguments(tmp_path, max_steps=1, max_length=64, per_device_train_batch_size=1)),
         train_dataset=Dataset.from_list([{"messages": talk}] * 4),
         processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapters else None,
         base="runs/a/base",
         data=["data/offline/sft"],
     )
@@ -144,6 +148,8 @@ def test_fine_tuning_keeps_trls_card_around_ours(tmp_path):
     assert "trained using [TRL]" in text and text.index("## Optimizer") < text.index("## Training procedure")
     assert text.count("## Optimizer") == 1
     assert rows(tmp_path)["algorithm"].startswith("Muon")
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == ("peft" if adapters else "transformers")
+    assert rows(tmp_path)["trained by Muon"].startswith("256 " if adapters else "18,432 ")
 
 
 @pytest.fixture

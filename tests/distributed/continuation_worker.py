@@ -32,6 +32,7 @@ def main(corpus: Path, out: Path, engine: str) -> None:
         options |= {"ddp_backend": "gloo"}
     trainer = prepare(corpus, out / "run", *(["--fsdp"] if engine == "fsdp2" else []), **options)
     trainer.train()
+    trainer.create_model_card()
     weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
     buffers = {name: b.clone() for name, b in trainer.model.named_buffers() if "bias" in name}
     logs = [row for row in trainer.state.log_history if "loss" in row]
