@@ -98,7 +98,7 @@ SUITES: dict[str, tuple[Benchmark, ...]] = {
             metric="exact_match,none",
             shots=4,
             paper=(16.1, 19.8, 45.3),
-            note="the paper gives no shots; these are the harness's, which needs lm-eval[math]",
+            note="the paper gives no shots; these are the harness's",
         ),
         Benchmark(
             name="CMath",

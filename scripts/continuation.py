@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cards import OptimizerCard
+from datasets.utils import tqdm
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -56,6 +58,12 @@ class TokenArguments:
         default=None, metadata={"help": "Balance experts by their biases with this u (Moonlight: 1e-3)."}
     )
     expert_bias_until: str | None = field(default=None, metadata={"help": "u is 0 from so many tokens on."})
+
+    def described(self) -> dict[str, str]:
+        """The schedule for a model card."""
+        parts = {"lr_stages": "; ".join(self.lr_stages or ()), "batch_ramp": "; ".join(self.batch_ramp or ())}
+        entered = {"start_tokens": self.start_tokens, "start_step": self.start_step, "rewarm_steps": self.rewarm_steps}
+        return parts | {key: str(value) for key, value in entered.items() if value}
 
     def __post_init__(self) -> None:
         if bool(self.lr_stages) != bool(self.batch_ramp):
@@ -147,6 +155,7 @@ class Streamed:
         elif start:
             logger.warning("reading over %d sequences of the stream; nothing is trained meanwhile", start)
         self.dataset.set_epoch(self.passes)
+        bar = tqdm(total=start, initial=self.read, desc="reading over", unit=" blocks", disable=self.read >= start)
         if self.read:
             self.dataset.load_state_dict(self._restored["stream"])
         while True:
@@ -154,7 +163,9 @@ class Streamed:
             for row in self.dataset:
                 self.read += 1
                 if self.read > start:
+                    bar.close()
                     yield row
+                bar.update()
             if self.read == before:
                 raise ValueError("the stream has no block of block_size tokens: give more text or smaller blocks")
             self.passes += 1
@@ -198,7 +209,7 @@ class _SaveDataState(TrainerCallback):
             (folder / DATA_STATE).write_text(json.dumps(self.source.state()))
 
 
-class TokenTrainer(Trainer):
+class TokenTrainer(OptimizerCard, Trainer):
     """The Trainer on a schedule in tokens: learning rate, batch and data follow from the step."""
 
     def __init__(self, *, run: Run, source: Any, skip: int, decay_everything: bool, **kwargs: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, concatenate_datasets, load_dataset, load_dataset_builder
 from datasets.features import Json
 from datasets.packaged_modules.json.json import Json as JsonBuilder
+from datasets.utils import tqdm
 from jinja2.exceptions import TemplateError
 
 ROLES = ("system", "user", "assistant")
@@ -184,7 +185,8 @@ def keep_good(split: Any, reporter: Reporter, *, name: str, refuse: bool = False
         bad = list(split.select([i for i, text in enumerate(problems) if text]).select_columns(shown))
         kept = split.select([i for i, text in enumerate(problems) if not text])
     else:
-        bad = [row for row in split if row[PROBLEM]] if refuse else []
+        bar = tqdm(split, desc=f"Checking the conversations of the {name} dataset", unit=" rows", disable=not refuse)
+        bad = [row for row in bar if row[PROBLEM]] if refuse else []
         kept = split.filter(_Good(reporter, name))
     reporter.add(name, bad)
     summary = reporter.summary(name, bad, total) if bad else ""

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,6 +44,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="default: the model's own")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the tokenizer be a repository's own code")
     return parser
+
+
+class Bar(BaseStreamer):
+    """New tokens as a progress bar on a terminal; the text comes when it is whole."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = tqdm(total=total, desc="generating", unit=" tokens", disable=None, leave=False)
+        self.asked = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """One token, after the prompt."""
+        self.bar.update(1 if self.asked else 0)
+        self.asked = True
+
+    def end(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
 
 
 def load(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -97,6 +116,7 @@ def generate(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=options.max_new_tokens,
             eos_token_id=ends,
+            streamer=Bar(options.max_new_tokens),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
             **(sampling if options.temperature > 0 else {"do_sample": False}),
         )

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+import datasets
+import transformers
+from huggingface_hub import snapshot_download, upload_folder
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 # In a checkpoint beside the model: what only a resumed run needs.
 RESUME_FILES = ("optimizer", "scheduler", "scaler", "rng_state")
+# What the Trainer, too, leaves out of a push.
+NOT_PUSHED = ["_*", "checkpoint-*"]
+
+
+@dataclass(frozen=True)
+class HeldOutLosses:
+    """Of the model before training, and of the one that is saved."""
+
+    before: float
+    after: float
+    step: int
+    """After which the saved model stood."""
+
+
+def progress_bars(args: Any) -> None:
+    """``disable_tqdm`` silences all bars, of data and weights too; otherwise one process of a machine draws them."""
+    if args.disable_tqdm or args.local_process_index:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def model_source(name: str, subfolder: str | None, revision: str) -> str:
@@ -36,11 +58,15 @@ def model_source(name: str, subfolder: str | None, revision: str) -> str:
 
 
 def train_and_report(trainer: Trainer) -> None:
-    """Train to the end, resuming by itself; held-out loss before and after; save model, metrics and state; say so."""
+    """Train to the end, resuming by itself; held-out loss before and after; save model, card, metrics and state.
+
+    With ``push_to_hub`` all of that is uploaded at the end, also by a run that finds itself trained to its end.
+    """
     args = trainer.args
     say = trainer.accelerator.print
     checkpoint = find_checkpoint(args)
-    if checkpoint and is_finished(checkpoint, args):
+    finished = checkpoint is not None and is_finished(checkpoint, args)
+    if finished:
         say(f"{args.output_dir} is trained to its end; name another output_dir to train anew")
         trainer.state = _copy_results(checkpoint, args)
     else:
@@ -48,21 +74,40 @@ def train_and_report(trainer: Trainer) -> None:
         # Inside train(), for DeepSpeed's and FSDP's engines exist only there. A resumed run has it in its history.
         args.eval_on_start = trainer.eval_dataset is not None and checkpoint is None
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # as no call of the user: pushing comes when all is written
         trainer.save_metrics("train", {**result.metrics, "train_global_steps": trainer.state.global_step})
         if trainer.eval_dataset is not None and trainer.state.global_step not in _eval_losses(trainer.state):
             trainer.evaluate()
         trainer.save_state()
-    losses = _eval_losses(trainer.state)
-    if losses:
-        before, after = losses.get(0, math.nan), losses[max(losses)]
-        trainer.save_metrics("eval", {"eval_loss_before": before, "eval_loss": after})
-        say(f"held-out loss: {before:.4f} before training, {after:.4f} after {max(losses)} steps")
+    if losses := held_out_losses(trainer.state, args):
+        trainer.save_metrics("eval", {"eval_loss_before": losses.before, "eval_loss": losses.after})
+        say(f"held-out loss: {losses.before:.4f} before training, {losses.after:.4f} after {losses.step} steps")
+    # A finished run has its card; options that it is started with again may not be those that it was trained with.
+    if not finished or not (Path(args.output_dir) / "README.md").is_file():
+        trainer.create_model_card()
     say(f"saved to {args.output_dir}")
+    if args.push_to_hub:
+        _push(trainer, finished)
+        say(f"pushed to {args.hub_model_id or Path(args.output_dir).name}")
     # No rank may take the process group down while another still talks to it.
     trainer.accelerator.wait_for_everyone()
     # Closes trackers and the process group: without it a distributed run can abort when Python exits.
     trainer.end()
+
+
+def _push(trainer: Trainer, finished: bool) -> None:
+    if not finished:
+        trainer.push_to_hub()
+    elif trainer.is_world_process_zero():
+        # The Trainer would first save the model that it holds, which is untrained here.
+        args = trainer.args
+        upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=args.output_dir,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            ignore_patterns=NOT_PUSHED,
+        )
 
 
 def find_checkpoint(args: Any) -> str | None:
@@ -85,15 +130,15 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     """The newest checkpoint that was written to its end.
 
     The Trainer writes ``trainer_state.json`` last: a folder without it is what a killed process left, and resuming from
-    it would fail. It gets another name; nothing is deleted.
+    it would fail. It gets another name, which a push leaves out; nothing is deleted.
     """
     while Path(output_dir).is_dir():
         newest = get_last_checkpoint(output_dir)
         if newest is None or _state_of(newest) is not None:
             return newest
         folder = Path(newest)
-        shutil.rmtree(folder.with_name(f"incomplete-{folder.name}"), ignore_errors=True)
-        folder.rename(folder.with_name(f"incomplete-{folder.name}"))
+        shutil.rmtree(folder.with_name(f"_incomplete-{folder.name}"), ignore_errors=True)
+        folder.rename(folder.with_name(f"_incomplete-{folder.name}"))
     return None
 
 
@@ -120,10 +165,21 @@ def _copy_results(checkpoint: str, args: Any) -> TrainerState:
     if saved is not None and saved.global_step == last.global_step:
         return saved
     if args.should_save:
-        for file in Path(checkpoint).iterdir():
+        source = last.best_model_checkpoint if args.load_best_model_at_end else None
+        for file in Path(source or checkpoint).iterdir():
             if file.is_file() and not file.name.startswith(RESUME_FILES):
                 shutil.copy2(file, args.output_dir)
     return last
+
+
+def held_out_losses(state: TrainerState, args: Any) -> HeldOutLosses | None:
+    """None without an evaluation. With ``load_best_model_at_end`` the saved model is not that of the last step."""
+    losses = _eval_losses(state)
+    if not losses:
+        return None
+    best = state.best_global_step if args.load_best_model_at_end else None
+    step = best if best in losses else max(losses)
+    return HeldOutLosses(losses.get(0, math.nan), losses[step], step)
 
 
 def _eval_losses(state: TrainerState) -> dict[int, float]:

@@ -4,6 +4,7 @@ Everything comes from the running Python's standard library, without a download,
 
     pretrain/{train,test}.jsonl   {"text": ...}, one source file per line
     sft/{train,test}.jsonl        {"id", "messages", "source"}, the schema of allenai/tulu-3-sft-mixture
+    benchmarks/offline_choice/    {"question", "choices", "answer"}: held-out questions with four answers each
     model/                        byte-level BPE tokenizer (ChatML) and a small Qwen2 with seeded random weights
     manifest.json                 what was built, with counts; a second run finds it and does nothing
 
@@ -24,7 +25,7 @@ from typing import Any
 from stdlib_corpus import SourceFile, conversations, source_files
 
 # Raise it whenever a change here or in stdlib_corpus.py changes what is written.
-DATA_VERSION = 1
+DATA_VERSION = 2
 VOCABULARY = 4096
 SEED = 0
 # A separator of texts that is not the end of a chat turn, as in Qwen2.5: padding reuses it.
@@ -58,7 +59,7 @@ def main() -> None:
         return
     # The manifest is written last and removed first: a killed run never looks complete.
     manifest_file.unlink(missing_ok=True)
-    for folder in ("pretrain", "sft", "model"):
+    for folder in ("pretrain", "sft", "benchmarks", "model"):
         shutil.rmtree(arguments.out / folder, ignore_errors=True)
     start = time.perf_counter()
     counts = build(arguments.out)
@@ -90,7 +91,12 @@ def build(out: Path) -> dict[str, int]:
     talks["test"] = [row for row in talks["test"] if _answers(row) not in known]
     for split, rows in talks.items():
         counts[f"sft_{split}_conversations"] = _write_lines(out / "sft" / f"{split}.jsonl", rows)
-    print(f"[2/4] conversations: {len(talks['train'])} to train on, {len(talks['test'])} held out (other modules)")
+    questions = list(_questions(talks["test"]))
+    counts["questions"] = _write_lines(out / "benchmarks" / "offline_choice" / "test.jsonl", questions)
+    print(
+        f"[2/4] conversations: {len(talks['train'])} to train on, {len(talks['test'])} held out (other modules), "
+        f"{len(questions)} of them as questions with four answers"
+    )
 
     tokenizer = build_tokenizer([file.text for file in splits["train"]], talks["train"])
     for split, members in splits.items():
@@ -117,6 +123,16 @@ def _unique(files: Iterable[SourceFile]) -> Iterator[dict[str, Any]]:
             if _answers(row) not in seen:
                 seen.add(_answers(row))
                 yield row
+
+
+def _questions(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Questions that are answered in words, with the answers of three others: a guess is right in 25 %."""
+    talks = [row["messages"] for row in rows if len(row["messages"]) == 2 and "```" not in _answers(row)]
+    for i, (asked, _) in enumerate(talks):
+        choices = [talks[(i + k * len(talks) // 4) % len(talks)][1]["content"] for k in range(4)]
+        right = i % 4
+        choices = choices[-right:] + choices[:-right] if right else choices
+        yield {"question": asked["content"], "choices": choices, "answer": right}
 
 
 def _answers(row: dict[str, Any]) -> str:

@@ -20,9 +20,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+from cards import OptimizerCard
 from continuation import Shuffled, Streamed, TokenArguments, TokenTrainer, make_run
 from datasets import Dataset, IterableDataset, load_dataset
-from lifecycle import model_source, train_and_report
+from datasets.utils import tqdm
+from lifecycle import model_source, progress_bars, train_and_report
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import TrlParser
 
@@ -81,6 +83,15 @@ class PretrainArguments:
         if self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, got {self.block_size}")
 
+    def start(self) -> str:
+        """What a model card says that training starts from."""
+        if self.model_name_or_path:
+            return "/".join(filter(None, (self.model_name_or_path, self.model_subfolder)))
+        if self.continue_from:
+            return f"{self.continue_from} with {'its' if self.carry_optimizer else 'fresh'} optimizer state"
+        changes = f" with {self.config_overrides}" if self.config_overrides else ""
+        return f"random weights ({self.config_name}{changes})"
+
     def weights(self) -> str | None:
         """Folder or hub name of the weights to start from, if they are not random."""
         if self.model_name_or_path:
@@ -121,7 +132,8 @@ def load_blocks(arguments: PretrainArguments, tokenizer: Any, streaming: bool = 
     if streaming and "test" in blocks:
         if not limit:
             raise ValueError("a streamed test split has no known end: set max_test_blocks")
-        blocks["test"] = Dataset.from_list(list(blocks["test"].take(limit))).with_format("torch")
+        taken = list(tqdm(blocks["test"].take(limit), total=limit, desc="cutting test into blocks"))
+        blocks["test"] = Dataset.from_list(taken).with_format("torch")
     elif limit and len(blocks.get("test", ())) > limit:
         # Evenly spread: the first blocks would all be from a few files.
         stride = len(blocks["test"]) / limit
@@ -191,6 +203,10 @@ def make_callbacks(arguments: PretrainArguments, tokens: TokenArguments, model: 
     return callbacks
 
 
+class PretrainTrainer(OptimizerCard, Trainer):
+    """The Trainer, whose model card names the optimizer."""
+
+
 def make_trainer(
     arguments: PretrainArguments, tokens: TokenArguments, args: TrainingArguments, model: Any, tokenizer: Any
 ) -> Trainer:
@@ -205,15 +221,18 @@ def make_trainer(
         "data_collator": collate,
         "processing_class": tokenizer,
         "callbacks": make_callbacks(arguments, tokens, model, run),
+        "base": arguments.start(),
+        "data": [arguments.dataset_name],
     }
     if run is None:
-        trainer = Trainer(train_dataset=blocks["train"], **options)
+        trainer: Trainer = PretrainTrainer(train_dataset=blocks["train"], **options)
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         batch = f"{sequences * arguments.block_size:,} tokens per step"
     else:
         source = Streamed(blocks["train"]) if tokens.dataset_streaming else Shuffled(blocks["train"], args.seed)
         skip = parse_tokens(tokens.skip_tokens) // arguments.block_size
-        trainer = TokenTrainer(run=run, source=source, skip=skip, decay_everything=tokens.decay_everything, **options)
+        options |= {"skip": skip, "decay_everything": tokens.decay_everything, "schedule": tokens.described()}
+        trainer = TokenTrainer(run=run, source=source, **options)
         batch = f"schedule from {run.tokens(0):,} to {run.tokens(args.max_steps):,} tokens in {args.max_steps:,} steps"
     size = "a stream of" if tokens.dataset_streaming else f"{len(blocks['train']):,}"
     trainer.accelerator.print(
@@ -226,6 +245,7 @@ def make_trainer(
 def main() -> None:
     """Parse, build, train."""
     arguments, tokens, training_args = make_parser().parse_args_and_config()
+    progress_bars(training_args)
     source = arguments.tokenizer_name or arguments.weights() or arguments.config_name
     tokenizer = AutoTokenizer.from_pretrained(
         source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code

@@ -186,8 +186,13 @@ class CodeEval:
     ) -> tuple[dict[str, float], dict[int, list[Outcome]]]:
         """pass@k as in "Evaluating Large Language Models Trained on Code", equation 1, and what became of each."""
         programs = [f"{code}\n{test}" for codes, test in zip(predictions, references, strict=True) for code in codes]
+        from tqdm import tqdm  # not above: the new processes start with this file too
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            outcomes = iter(list(pool.map(lambda program: run(program, self.limits), programs)))
+            running = pool.map(lambda program: run(program, self.limits), programs)
+            outcomes = iter(
+                list(tqdm(running, total=len(programs), desc="running programs", disable=len(programs) < 2))
+            )
         by_task = {i: [next(outcomes) for _ in codes] for i, codes in enumerate(predictions)}
         counts = [(len(task), sum(outcome.passed for outcome in task)) for task in by_task.values()]
         scores = {

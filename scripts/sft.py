@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cards import OptimizerCard
 from conversations import Reporter, Rules, check, has_messages, keep_good, load
 from datasets import Dataset
-from lifecycle import model_source, train_and_report
+from lifecycle import model_source, progress_bars, train_and_report
 from transformers import AutoTokenizer, set_seed
 from trl import (
     DatasetMixtureConfig,
@@ -145,11 +146,24 @@ def prepare_splits(
     return splits["train"], splits["test"]
 
 
+class FineTuner(OptimizerCard, SFTTrainer):
+    """TRL's trainer, whose model card names the optimizer."""
+
+
+def data_names(script_args: SFTScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:
+    """What a model card says of the data."""
+    if script_args.dataset_name:
+        return [script_args.dataset_name]
+    return [str(part.data_files or part.path) for part in mixture.datasets]
+
+
 def main() -> None:
     """Parse, build, train."""
     script_args, args, model_args, mixture = make_parser().parse_args_and_config()
+    progress_bars(args)
     if not model_args.model_name_or_path:
         raise ValueError("model_name_or_path is missing: a hub name or a folder")
+    base = "/".join(filter(None, (model_args.model_name_or_path, script_args.model_subfolder)))
     model_args.model_name_or_path = model_source(
         model_args.model_name_or_path, script_args.model_subfolder, model_args.model_revision
     )
@@ -164,7 +178,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args, model_args, script_args.tokenizer_name)
     with args.main_process_first(desc="loading the data"):
         train, test = prepare_splits(script_args, mixture, args, tokenizer)
-    trainer = SFTTrainer(
+    trainer = FineTuner(
         model=model_args.model_name_or_path,
         args=args,
         train_dataset=train,
@@ -172,10 +186,10 @@ def main() -> None:
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        base=base,
+        data=data_names(script_args, mixture),
     )
     train_and_report(trainer)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
 
 
 if __name__ == "__main__":

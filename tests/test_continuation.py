@@ -241,6 +241,14 @@ def test_decay_of_everything_reaches_norms_under_adamw(corpus, tmp_path):
     assert any(g["params"] for g in excepted if g["weight_decay"] == 0)
 
 
+def test_the_card_names_the_stages_and_where_they_were_entered(corpus, tmp_path):
+    prepare(corpus, tmp_path, start_step=2, rewarm_steps=4).create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    rows = {"lr_stages": "; ".join(STAGES), "batch_ramp": "; ".join(RAMP), "start_step": 2, "rewarm_steps": 4}
+    assert all(f"| {key} | {value} |\n" in card for key, value in rows.items())
+    assert "| schedule |" not in card
+
+
 def numbered(count):
     rows = [{"input_ids": [i] * 2} for i in range(count)]
     return datasets.Dataset.from_list(rows).with_format("torch")
@@ -284,7 +292,9 @@ def test_a_stream_at_its_end_begins_anew_and_can_be_resumed_there():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("engine", "kind"), [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED")])
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("ddp", "MULTI_CPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"), ("fsdp2", "FSDP")]
+)
 def test_two_ranks_equal_one_process(corpus, tmp_path, engine, kind):
     # With a carried state, experts to balance, and steps of several forward passes.
     first = dict(model="moe", optim_args="ns_dtype=float32", per_device_train_batch_size=1)
@@ -299,6 +309,7 @@ def test_two_ranks_equal_one_process(corpus, tmp_path, engine, kind):
     environment = {**os.environ, **paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    assert f"| trained by Muon | {one.shares['trained by Muon']} |" in (tmp_path / "run" / "README.md").read_text()
     start = dict(one.model.from_pretrained(options["continue_from"]).named_parameters())
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -205,14 +205,14 @@ def test_a_run_trains_on_the_good_rows_alone_and_on_answers_with_their_end(model
     inputs, answers = [], []
     tokenizer = tiny.tokenizer()
 
-    class Recording(sft.SFTTrainer):
+    class Recording(sft.FineTuner):
         def training_step(self, model, batch, *args, **kwargs):
             for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
                 inputs.append(tokenizer.decode([token for token in ids if token != tokenizer.pad_token_id]))
                 answers.append(tokenizer.decode([token for token in labels if token != -100]))
             return super().training_step(model, batch, *args, **kwargs)
 
-    monkeypatch.setattr(sft, "SFTTrainer", Recording)
+    monkeypatch.setattr(sft, "FineTuner", Recording)
     monkeypatch.setattr(sys, "argv", ["sft.py", *options(model, folder, tmp_path / "run", *extra)])
     sft.main()
     talks = [ROWS[number][0] for number in KEPT]

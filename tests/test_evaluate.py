@@ -174,6 +174,8 @@ spec = importlib.util.spec_from_file_location("script", "SCRIPTS/evaluate.py")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 RIGHT = {"gsm8k": "so\\n#### 5", "mmlu_cot_llama_abstract_algebra": "The best answer is B.", "cmath": "2+3=5",
+         "mmlu_pro_math": "It is 4. The answer is (B).", "bbh_cot_fewshot_boolean_expressions": "the answer is False.",
+         "triviaqa": " no. 1", "minerva_math_algebra": "Final Answer: The final answer is $2$. I hope it is correct.",
          "humaneval": "    return 1\\n", "mbpp": "def one():\\n    return 1\\n"}
 
 class Oracle(LM):
@@ -195,7 +197,10 @@ raise SystemExit(script.main(sys.argv[1:]))
 @needs_harness
 def test_a_model_that_is_right_on_the_first_of_two_questions_scores_half_on_every_task(tmp_path):
     data = tiny_benchmarks.write(tmp_path / "data")
-    tasks = "gsm8k,mmlu_cot_llama_abstract_algebra,mmlu_abstract_algebra,humaneval,mbpp,cmath"
+    tasks = "gsm8k,mmlu_cot_llama_abstract_algebra,mmlu_abstract_algebra,humaneval,mbpp,cmath,triviaqa,mmlu_pro_math"
+    tasks += ",bbh_cot_fewshot_boolean_expressions,ceval-valid_law,cmmlu_anatomy"
+    if importlib.util.find_spec("math_verify"):  # of lm-eval[math]
+        tasks += ",minerva_math_algebra"
     code = ["-c", ORACLE.replace("SCRIPTS", str(ROOT / "scripts")), "m", "--suite", tasks, "--data_dir", str(data)]
     run = harness([*code, "--limit", "2", "--confirm_run_unsafe_code", "--out", str(tmp_path / "out")], tmp_path)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]

@@ -104,6 +104,16 @@ def test_nothing_of_the_held_out_modules_is_in_the_training_data(built):
     assert len(talks["train"]) > 10 * len(talks["test"])
 
 
+def test_every_question_has_its_own_answer_among_four_of_held_out_modules(built):
+    rows, talks = read(built / "benchmarks" / "offline_choice" / "test.jsonl"), read(built / "sft" / "test.jsonl")
+    answers = {talk["messages"][0]["content"]: talk["messages"][1]["content"] for talk in talks}
+    assert len(rows) > 100
+    for row in rows:
+        assert row["choices"][row["answer"]] == answers[row["question"]]
+        assert len(set(row["choices"])) == 4 and set(row["choices"]) <= set(answers.values())
+    assert {row["answer"] for row in rows} == {0, 1, 2, 3}
+
+
 def test_rows_have_tulu_3s_schema(built):
     from datasets import load_dataset
 

@@ -176,7 +176,7 @@ def test_a_killed_run_resumes_and_ends_where_an_uninterrupted_one_does(data, tmp
     (killed / "checkpoint-4" / "trainer_state.json").unlink()
     output, resumed = launch(recipe, data, killed, *options, "--save_total_limit", "2")
     assert f"resuming from {killed / 'checkpoint-2'}" in output
-    assert (killed / "incomplete-checkpoint-4").is_dir()
+    assert (killed / "_incomplete-checkpoint-4").is_dir()
     keys = ("step", "loss", "eval_loss", "grad_norm", "muon/update_rms")
     histories = [
         [[row.get(key) for key in keys] for row in state["log_history"] if "train_runtime" not in row]

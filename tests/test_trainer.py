@@ -279,6 +279,20 @@ def test_resume_with_fused_experts_is_bit_exact(tmp_path):
     assert all(torch.equal(resumed[name], p) for name, p in whole.items())
 
 
+def test_the_best_model_is_loaded_with_its_fused_experts(tmp_path):
+    # The first of three is made the best, so that the experts of the last step would be seen.
+    trainer = make(
+        tmp_path, model=scenarios.model("moe", "float32"), eval_data=tiny.tokens(rows=8, seed=1), max_steps=3,
+        save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", greater_is_better=True, learning_rate=2e-2,
+    )  # fmt: skip
+    trainer.train()
+    losses = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert max(losses) == losses[0] == trainer.evaluate()["eval_loss"]
+    best = trainer.model.from_pretrained(tmp_path / "checkpoint-1")
+    assert same(weights(trainer.model), weights(best))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bit_exact(tmp_path, dtype):
     def run(folder, steps, resume=False):

@@ -1,4 +1,4 @@
-"""A few rows for each of the fine-tuning suite's tasks, with the columns of the real data sets."""
+"""A few rows for a task of every benchmark of the suites, with the columns of the real data sets."""
 
 import json
 from pathlib import Path
@@ -21,6 +21,14 @@ MBPP = {
     "challenge_test_list": [],
 }
 CMATH = {"question": "小明有2个苹果，又买了3个，一共有几个？", "golden": "5", "reasoning_step": 1, "num_digits": 1}
+OPTIONS = {"A": "3", "B": "4", "C": "5", "D": "6"}
+MMLU_PRO = {
+    **{"question_id": 1, "category": "math", "src": "local", "question": "2 + 2 = ?", "options": list("3456789")},
+    **{"answer": "B", "answer_index": 1, "cot_content": "A: Let's think step by step. It is 4. The answer is (B)."},
+}
+MATH = {"problem": "1 + 1 = ?", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{2}$."}
+# The harness leaves the question itself out of the examples that it shows.
+TRIVIA = [{"question": f"What is {i}", "answer": {"aliases": [str(i), f"no. {i}"], "value": str(i)}} for i in range(7)]
 ROWS = {
     "gsm8k": {"train": [WORD_PROBLEM] * 6, "test": [WORD_PROBLEM] * 3},
     "mmlu_cot_llama_abstract_algebra": {"test": [QUESTION] * 3},
@@ -29,6 +37,15 @@ ROWS = {
     "humaneval_instruct": {"test": [HUMANEVAL] * 2},
     "mbpp": {"test": [MBPP] * 2},
     "mbpp_instruct": {"test": [MBPP] * 2},
+    "mmlu_pro_math": {"validation": [MMLU_PRO] * 5, "test": [MMLU_PRO] * 2},
+    "bbh_cot_fewshot_boolean_expressions": {"test": [{"input": "not True is", "target": "False"}] * 2},
+    "triviaqa": {"train": TRIVIA, "validation": [TRIVIA[1]] * 2},
+    "minerva_math_algebra": {"train": [MATH] * 2, "test": [MATH] * 2},
+    "ceval-valid_law": {
+        split: [{"id": 1, "question": "2 + 2 = ?", **OPTIONS, "answer": "B", "explanation": ""}] * 5
+        for split in ("dev", "val")
+    },
+    "cmmlu_anatomy": {split: [{"Question": "2 + 2 = ?", **OPTIONS, "Answer": "B"}] * 5 for split in ("dev", "test")},
     "cmath": {"validation": [CMATH] * 3, "test": [CMATH] * 2},
 }
 

@@ -145,11 +145,26 @@ def with_whole_models(original: Any) -> Any:
     return _load_from_checkpoint
 
 
+def with_whole_best_model(original: Any) -> Any:
+    """Wrap ``Trainer._load_best_model``, which would leave fused experts as the last step left them."""
+
+    @functools.wraps(original)
+    def _load_best_model(self: Trainer) -> None:
+        original(self)
+        # DeepSpeed's and FSDP's own checkpoints have the names of the model in training.
+        best = Path(self.state.best_model_checkpoint or "")
+        own_format = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if not own_format and isinstance(self.model, PreTrainedModel) and (best / "config.json").is_file():
+            _load_converted(self.model, str(best))
+
+    return _load_best_model
+
+
 def _load_converted(model: PreTrainedModel, folder: str) -> None:
     """Load the weights that the hub's layout stores under other names (experts one by one).
 
-    transformers 5.23 saves a model in that layout, and its Trainer resumes by plain names: fused experts would silently
-    stay as they were initialized.
+    transformers 5.23 saves a model in that layout, and its Trainer loads by plain names: fused experts would stay as
+    they are, initialized or trained, with a warning at most.
     """
     stored = stored_names(Path(folder))
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})

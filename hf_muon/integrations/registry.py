@@ -187,6 +187,7 @@ _WRAPS: tuple[tuple[Any, str, Any], ...] = (
     (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args),
     (TrainingArguments, "__post_init__", _with_early_checks),
     (Trainer, "_load_from_checkpoint", checkpoints.with_whole_models),
+    (Trainer, "_load_best_model", checkpoints.with_whole_best_model),
     (Trainer, "_load_optimizer_and_scheduler", checkpoints.with_any_state),
     (transformers.trainer, "deepspeed_load_checkpoint", checkpoints.with_any_deepspeed_checkpoint),
     (accelerate.accelerator, "map_pytorch_optim_to_deepspeed", with_client_optimizer),
