@@ -83,7 +83,11 @@ def main() -> int:
             continue
         start = time.perf_counter()
         rows, ignored = measure(checkpoint, device=arguments.device, **options)
-        entry = {"source": checkpoint.source, "matrices": len(rows), "seconds": round(time.perf_counter() - start, 1)}
+        entry = {
+            **{"source": checkpoint.source, "matrices": len(rows), "seconds": round(time.perf_counter() - start, 1)},
+            # The most that this process has had in memory until now; Linux counts in KiB.
+            "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        }
         attrs = {**table.attrs, "checkpoints": {**table.attrs["checkpoints"], key: {**entry, "ignored": ignored}}}
         table = pd.concat([table, as_table(rows)], ignore_index=True)
         table.attrs = attrs
@@ -93,8 +97,6 @@ def main() -> int:
         **provenance(arguments.out),
         "command": "python scripts/spectra.py " + " ".join(sys.argv[1:]),
         "device": arguments.device,
-        # Of this process; Linux counts in KiB.
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
     print(write_report(table, arguments.out, compare=arguments.compare, about=about))
     odd = table[table["note"] != ""]

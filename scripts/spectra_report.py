@@ -18,7 +18,7 @@ KEYS = ["step", "parameter", "expert", "piece"]
 """What tells a matrix from every other of its run."""
 COLUMNS = {"entropy": "SVD entropy", "stable_rank": "stable rank"}
 ATTENTION = {"AttnQO", "AttnKV", "Attention"}
-PANELS_DOWN = 32  # layers in one figure of singular values; a deeper model takes several
+ACROSS, DOWN = 14, 32  # panels in one figure of singular values; more matrices take several figures
 
 
 def write_report(table: pd.DataFrame, out: Path, *, compare: list[str] | None, about: dict[str, Any]) -> str:
@@ -170,26 +170,33 @@ def draw_values(table: pd.DataFrame, both: pd.DataFrame, pair: tuple[str, str], 
         ("attention", both[both["group"].isin(ATTENTION)]),
         ("mlp", both[~both["group"].isin(ATTENTION)]),
     ):
-        layers = sorted(members["layer"].fillna(-1).unique())
-        for start in range(0, len(layers), PANELS_DOWN):
-            shown = layers[start : start + PANELS_DOWN]
-            page = members[members["layer"].fillna(-1).isin(shown)]
-            number = f"-{start // PANELS_DOWN + 1}" if len(layers) > PANELS_DOWN else ""
-            files.append(_draw_page(page, shown, values, pair, out / f"singular_values_{name}{number}.png"))
+        rows = panel_rows(members)
+        for start in range(0, len(rows), DOWN):
+            number = f"-{start // DOWN + 1}" if len(rows) > DOWN else ""
+            file = out / f"singular_values_{name}{number}.png"
+            files.append(_draw_page(rows[start : start + DOWN], values, pair, file))
     return files
 
 
+def panel_rows(members: pd.DataFrame) -> list[tuple[str, list[Any]]]:
+    """Rows of panels, each with its label: the matrices of one layer in the model's order, wrapped."""
+    rows = []
+    for layer, part in members.groupby("layer", dropna=False):
+        found = list(part.itertuples())
+        for start in range(0, len(found), ACROSS):
+            label = "" if pd.isna(layer) or start else f"layer {layer}"
+            rows.append((label, found[start : start + ACROSS]))
+    return rows
+
+
 def _draw_page(
-    page: pd.DataFrame, layers: list[int], values: dict[str, pd.Series], pair: tuple[str, str], file: Path
+    rows: list[tuple[str, list[Any]]], values: dict[str, pd.Series], pair: tuple[str, str], file: Path
 ) -> Path:
-    """A row per layer, its matrices in the model's order."""
-    rows = [list(page[page["layer"].fillna(-1) == layer].itertuples()) for layer in layers]
-    across = max(map(len, rows))
-    figure, axes = plt.subplots(
-        len(rows), across, figsize=(1.25 * across + 0.6, 1.2 * len(rows) + 1.0), squeeze=False, sharey=True
-    )
-    for panels, members, layer in zip(axes, rows, layers, strict=True):
-        panels[0].set_ylabel(f"layer {layer}" if layer >= 0 else "", fontsize=7)
+    across = max(len(members) for _, members in rows)
+    size = (max(1.25 * across + 0.6, 5), 1.2 * len(rows) + 1.0)
+    figure, axes = plt.subplots(len(rows), across, figsize=size, squeeze=False)
+    for panels, (label, members) in zip(axes, rows, strict=True):
+        panels[0].set_ylabel(label, fontsize=7)
         for panel in panels[len(members) :]:
             panel.set_axis_off()
         for panel, member in zip(panels, members, strict=False):
@@ -202,12 +209,11 @@ def _draw_page(
     handles.append(
         plt.Line2D([], [], color="red", marker="s", mfc="none", ls="", label=f"{pair[0]}'s entropy is lower")
     )
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.42 / figure.get_figheight()), h_pad=0.4, w_pad=0.3)
-    title = f"singular values over the largest, sorted; step {page['step'].iloc[0]}"
-    top = 1 - 0.08 / figure.get_figheight()
-    figure.text(0.01, top, title, va="top", fontsize=8)
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1 - 0.2 / figure.get_figheight()),
-                  ncols=3, frameon=False, fontsize=7)  # fmt: skip
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.42 / size[1]), h_pad=0.4, w_pad=0.3)
+    title = f"singular values over the largest, sorted; step {rows[0][1][0].step}"
+    figure.text(0.01, 1 - 0.08 / size[1], title, va="top", fontsize=8)
+    place = (0, 1 - 0.2 / size[1])
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=place, ncols=3, frameon=False, fontsize=7)
     return _saved(figure, file)
 
 

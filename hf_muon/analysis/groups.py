@@ -8,7 +8,7 @@ GROUPS = ("AttnQO", "AttnKV", "Experts", "SharedExperts", "Router", "Dense")
 """The paper's six (section 3.4), in its order. Dense is every MLP without experts, in models of any family."""
 
 _KINDS = {"experts": "Experts", "shared_experts": "SharedExperts", "router": "Router", "mlp": "Dense", "lora": "LoRA"}
-_QUERY_OUTPUT = re.compile(r"(^|_)(w?q|query|w?o|out|output|dense|c_proj)(_|\d*$)", re.IGNORECASE)
+_QUERY_OUTPUT = re.compile(r"^proj$|(^|_)(w?q|query|w?o|out|output|dense|c_proj)(_|\d*$)", re.IGNORECASE)
 _KEY_VALUE = re.compile(r"(^|_)(w?[kv]|kv|w?kv|keys?|values?)(_|\d*$)", re.IGNORECASE)
 _FUSED_QKV = re.compile(r"qkv|query_key_value|c_attn|att_proj|in_proj_weight", re.IGNORECASE)
 _GATE_UP = re.compile(r"gate_(and_)?up", re.IGNORECASE)
