@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed.launch import joined, launch
-from tests.distributed.replay import replay
+from tests.distributed.replay import replay, same
 
 pytestmark = pytest.mark.distributed
 
@@ -96,7 +96,7 @@ def unharmed(spec: dict, results: list[dict], steps: int) -> None:
         assert len(result["steps"]) == steps * units
     for key in ("weights", "momentum"):
         for name, values in joined(results, key).items():
-            assert torch.isfinite(values).all() and torch.equal(values, expected[key][name]), f"{key} of {name}"
+            assert torch.isfinite(values).all() and same(key, name, values, expected), f"{key} of {name}"
 
 
 @pytest.mark.parametrize("spec", NAN, ids=lambda spec: spec["name"])
