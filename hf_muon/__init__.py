@@ -24,6 +24,7 @@ if not _logger.handlers:
 # The optimizer works on torch alone; with transformers installed, importing the package registers optim="muon".
 if importlib.util.find_spec("transformers") is not None:
     try:
+        from .integrations.attention import AttentionLogitsCallback
         from .integrations.registry import register, unregister
         from .integrations.trainer import MuonFactory, create_optimizer
     except ImportError as error:
@@ -35,4 +36,4 @@ if importlib.util.find_spec("transformers") is not None:
         )
     else:
         register()
-        __all__ += ["MuonFactory", "create_optimizer", "register", "unregister"]
+        __all__ += ["AttentionLogitsCallback", "MuonFactory", "create_optimizer", "register", "unregister"]

@@ -68,6 +68,9 @@ class MuonConfig:
     exclude: tuple[str, ...] = ()
     """``fnmatch`` patterns of parameter names that AdamW must train; joined by ``;``."""
 
+    qk_clip: float | None = None
+    """tau of Kimi K2's QK-Clip (arXiv 2507.20534, there 100): heads whose largest attention logit passed it are scaled
+    back to it after each step; default off."""
     share_newton_schulz: bool = True
     """Under DDP, orthogonalize each matrix on one rank and gather the updates; false repeats the work on every rank."""
     exchange_bytes: int = 2**27
@@ -79,6 +82,8 @@ class MuonConfig:
         for name in ("muon_lr", "adamw_lr"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 0.0, math.inf, open_end=True)
+        if self.qk_clip is not None:
+            _check_number("qk_clip", self.qk_clip, 0.0, math.inf, open_start=True, open_end=True)
         schedule(self.ns_coefficients, self.ns_steps)
         _check_choice("ns_dtype", self.ns_dtype, tuple(NS_DTYPES))
         _check_choice("adjust_lr_fn", self.adjust_lr_fn, (*SCALES, *SCALE_ALIASES))
@@ -206,6 +211,7 @@ _PARSERS: dict[str, Any] = {
     "update_rms": float,
     "muon_lr": float,
     "adamw_lr": float,
+    "qk_clip": float,
     "decay_norms_and_biases": _bool,
     "split_fused": _bool,
     "per_head": _bool,

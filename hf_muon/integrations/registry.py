@@ -22,6 +22,8 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import MuonConfig
 from . import checkpoints
+from .attention import AttentionLogitsCallback, refuse_compiled
+from .clip import QKClip
 from .engines import refuse_unsupported, with_client_optimizer
 from .moe import ExpertBalanceCallback
 from .trainer import MuonFactory, arguments, find_muon
@@ -129,10 +131,12 @@ def _with_muon_metrics(original: Any) -> Any:
         # Training logs only: evaluation and the closing summary have no step of their own to describe.
         if "loss" in logs and "learning_rate" in logs:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ExpertBalanceCallback):
+                if isinstance(callback, (ExpertBalanceCallback, AttentionLogitsCallback)):
                     logs.update(callback.metrics())
             if optimizer is not None:
                 logs.update(optimizer.metrics())
+                if isinstance(optimizer.row_factors, QKClip):
+                    logs.update(optimizer.row_factors.metrics())
                 # DeepSpeed finds an overflow itself, and then never calls the optimizer.
                 logs["muon/skipped_steps"] += getattr(getattr(self, "deepspeed", None), "skipped_steps", 0)
         original(self, logs, start_time)
@@ -177,7 +181,9 @@ def _check(args: TrainingArguments) -> None:
     ``optim``: only a check on the arguments themselves can see it.
     """
     if _is_ours(args.optim):
-        MuonConfig.from_optim_args(args.optim_args)
+        config = MuonConfig.from_optim_args(args.optim_args)
+        if config.qk_clip is not None:
+            refuse_compiled(args, "qk_clip")
         refuse_unsupported(args)
 
 
