@@ -25,7 +25,9 @@ if not _logger.handlers:
 if importlib.util.find_spec("transformers") is not None:
     try:
         from .integrations.attention import AttentionLogitsCallback
+        from .integrations.outputs import OutputRMSCallback
         from .integrations.registry import register, unregister
+        from .integrations.spikes import SpikeCallback
         from .integrations.trainer import MuonFactory, create_optimizer
     except ImportError as error:
         _logger.warning(
@@ -36,4 +38,5 @@ if importlib.util.find_spec("transformers") is not None:
         )
     else:
         register()
-        __all__ += ["AttentionLogitsCallback", "MuonFactory", "create_optimizer", "register", "unregister"]
+        __all__ += ["AttentionLogitsCallback", "OutputRMSCallback", "SpikeCallback"]
+        __all__ += ["MuonFactory", "create_optimizer", "register", "unregister"]

@@ -276,7 +276,7 @@ def test_what_cannot_be_observed_is_an_error_before_the_first_step(tmp_path, mon
     with pytest.raises(ValueError, match="attention of GPTJForCausalLM cannot be observed.*Remedy"):
         run.train()
     assert run.state.global_step == 0
-    with pytest.raises(ValueError, match="torch_compile hides the attention"):
+    with pytest.raises(ValueError, match="torch_compile hides from attention_logits_steps"):
         trainer(tmp_path, 5, torch_compile=True).train()
     model = MODELS["gqa"]()
     monkeypatch.setitem(AttentionInterface._global_mapping, "own", AttentionInterface._global_mapping["sdpa"])

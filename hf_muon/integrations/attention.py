@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import TrainerCallback
 from transformers.modeling_utils import AttentionInterface
 
 from ..analysis.attention import THRESHOLD, Logits, Visible, attention_logits
+from .measuring import MeasuringCallback, in_training_forward
 
 _CALLS = {"ALL_ATTENTION_FUNCTIONS", "get_interface"}
 
@@ -80,8 +80,8 @@ def _shown(original: Any) -> Any:
             *a: Any,
             **options: Any,
         ) -> Any:
-            # In a backward pass it is checkpointing's second forward. What is being compiled cannot be watched.
-            if module.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            # What is being compiled cannot be watched.
+            if not torch.compiler.is_compiling() and in_training_forward(module):
                 # Without a graph: checkpointing compares the tensors that both forwards saved for it.
                 with torch.no_grad():
                     for watcher in [ref() for ref in _watchers]:
@@ -178,7 +178,7 @@ def label(name: str, names: Iterable[str]) -> str:
     return mine if mine is not None and [number(n) for n in names].count(mine) == 1 else name
 
 
-class AttentionLogitsCallback(TrainerCallback):
+class AttentionLogitsCallback(MeasuringCallback):
     """Logs the largest attention logits (figure 7 of the paper): ``callbacks=[AttentionLogitsCallback(100)]``.
 
     In every ``steps``-th optimizer step (counted from 1) each training forward is measured, over all micro-batches and
@@ -194,28 +194,28 @@ class AttentionLogitsCallback(TrainerCallback):
         RuntimeError: in the first measured step, if no attention was seen.
     """
 
+    option = "attention_logits_steps"
+
     def __init__(self, steps: int) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"attention_logits_steps must be a positive integer, got {steps!r}")
-        self.steps = steps
+        super().__init__(steps)
         self._labels: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._found: dict[str, Logits] = {}
-        self._metrics: dict[str, float] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find what can be measured; nothing has been trained yet."""
-        refuse_compiled(args, "attention logits")
-        model = kwargs["model"]
+    def find(self, model: nn.Module) -> None:
+        """The modules that call attention."""
         found = observable(model)
         self._labels.clear()
         for name, module in found.items():
             self._labels[module] = label(name, found)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """``global_step`` counts the steps that are over."""
+    def begin(self) -> None:
+        """Watch one step."""
         self._found = {}
-        if (state.global_step + 1) % self.steps == 0:
-            watch(self)
+        watch(self)
+
+    def end(self) -> None:
+        """Leave transformers as it was."""
+        unwatch(self)
 
     def see(self, module: nn.Module, implementation: str, query: Tensor, key: Tensor, mask: Any, options: Any) -> None:
         """One call of attention."""
@@ -225,32 +225,11 @@ class AttentionLogitsCallback(TrainerCallback):
             new = attention_logits(query, key, scaling=options.get("scaling"), visible=visible)
             self._found[name] = self._found[name] | new if name in self._found else new
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Behind the last micro-batch: put the ranks' numbers together."""
-        if state.global_step % self.steps == 0:
-            unwatch(self)
-            names = sorted(set(self._labels.values()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
-            self._metrics = _summary(self._found, names, args.device)
-            self._found = {}
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave transformers as it was, also after a step that was cut short."""
-        unwatch(self)
-
-    def metrics(self) -> dict[str, float]:
-        """What the next training log gains, once."""
-        out, self._metrics = self._metrics, {}
-        return out
-
-
-def refuse_compiled(args: Any, what: str) -> None:
-    """Compiled attention is traced once, before or after anybody watches.
-
-    Raises:
-        ValueError: ``torch_compile`` is set.
-    """
-    if getattr(args, "torch_compile", False):
-        raise ValueError(f"torch_compile hides the attention of the model from {what}. Remedy: leave one of them out")
+    def summary(self, device: torch.device) -> dict[str, float]:
+        """Two small all-reduces."""
+        names = sorted(set(self._labels.values()), key=lambda n: (not n.isdigit(), int(n) if n.isdigit() else 0, n))
+        found, self._found = self._found, {}
+        return _summary(found, names, device)
 
 
 def _summary(found: Mapping[str, Logits], names: list[str], device: torch.device) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Makes ``optim="muon"`` a valid choice of ``transformers.TrainingArguments``, and takes it back.
 
 transformers has no plugin point for optimizers, so this adds a member to its ``OptimizerNames`` enum and a handler to
-its table, and wraps some functions: ``Trainer.log`` adds ``muon/...`` to the training logs;
+its table, and wraps some functions: ``Trainer.log`` adds ``muon/...`` to the training logs; two more show a
+:class:`hf_muon.SpikeCallback` each batch, its loss and the gradient norm;
 ``AcceleratedOptimizer.step`` counts the steps that a loss scaler skips; ``TrainingArguments.__post_init__`` and
 ``Trainer.get_optimizer_cls_and_kwargs`` refuse, as early as it can be known, a malformed ``optim_args`` and an engine
 that would train with something else. All of it is idempotent and undone by :func:`unregister`.
@@ -22,10 +23,11 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import MuonConfig
 from . import checkpoints
-from .attention import AttentionLogitsCallback, refuse_compiled
 from .clip import QKClip
 from .engines import refuse_unsupported, with_client_optimizer
+from .measuring import MeasuringCallback, refuse_compiled
 from .moe import ExpertBalanceCallback
+from .spikes import SpikeCallback, with_judged_steps, with_watched_batches
 from .trainer import MuonFactory, arguments, find_muon
 
 logger = logging.getLogger("hf_muon")
@@ -131,7 +133,7 @@ def _with_muon_metrics(original: Any) -> Any:
         # Training logs only: evaluation and the closing summary have no step of their own to describe.
         if "loss" in logs and "learning_rate" in logs:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, (ExpertBalanceCallback, AttentionLogitsCallback)):
+                if isinstance(callback, (ExpertBalanceCallback, MeasuringCallback, SpikeCallback)):
                     logs.update(callback.metrics())
             if optimizer is not None:
                 logs.update(optimizer.metrics())
@@ -189,6 +191,8 @@ def _check(args: TrainingArguments) -> None:
 
 _WRAPS: tuple[tuple[Any, str, Any], ...] = (
     (Trainer, "log", _with_muon_metrics),
+    (Trainer, "training_step", with_watched_batches),
+    (Trainer, "_maybe_log_save_evaluate", with_judged_steps),
     (AcceleratedOptimizer, "step", _counting_scaler_skips),
     (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args),
     (TrainingArguments, "__post_init__", _with_early_checks),

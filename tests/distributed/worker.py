@@ -38,7 +38,11 @@ def train(out: Path, spec: dict) -> dict:
         for name, p in model.named_parameters():
             p.use_muon = p.ndim == 2 and "embed" not in name
     faults = [scenarios.Faults(model, spec["fault"])] if "fault" in spec else []
-    trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=faults)
+    watching = (
+        [hf_muon.AttentionLogitsCallback(spec["attention_logits_steps"])] if "attention_logits_steps" in spec else []
+    )
+    callbacks = [*faults, *watching]
+    trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=callbacks)
     recorder = []
     if spec.get("record"):
         create = trainer.create_optimizer
