@@ -33,10 +33,11 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from watching import WatchArguments
 
 
 @dataclass
-class SFTScriptArguments(ScriptArguments):
+class SFTScriptArguments(WatchArguments, ScriptArguments):
     """TRL's script arguments and some of ours."""
 
     drop_overlong: bool = field(
@@ -172,6 +173,7 @@ def main() -> None:
         processing_class=tokenizer,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=script_args.watchers(),
     )
     train_and_report(trainer)
     if args.push_to_hub:

@@ -41,7 +41,8 @@ def train(out: Path, spec: dict) -> dict:
     watching = (
         [hf_muon.AttentionLogitsCallback(spec["attention_logits_steps"])] if "attention_logits_steps" in spec else []
     )
-    callbacks = [*faults, *watching]
+    spikes = hf_muon.SpikeCallback(window=8, least=4)
+    callbacks = [*faults, *watching, *([spikes] if "spikes" in spec else [])]
     trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=callbacks)
     recorder = []
     if spec.get("record"):
@@ -59,6 +60,7 @@ def train(out: Path, spec: dict) -> dict:
     return {
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "world_size": args.world_size,
+        "spikes": [(s.step, s.what, s.largest, s.grown, list(s.batches)) for s in spikes.spikes],
         "overflows": getattr(trainer.model_wrapped, "skipped_steps", 0),  # DeepSpeed's count
         **outcome(trainer.model, muon, recorder[0] if recorder else None),
     }

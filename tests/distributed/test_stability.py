@@ -1,8 +1,10 @@
-"""QK-Clip and attention logits under every engine at 2 ranks, against one process on the same global batches."""
+"""QK-Clip, attention logits and spikes under every engine at 2 ranks, against one process on the same batches."""
 
 import pytest
 import torch
 
+from hf_muon.integrations.spikes import batch_digest
+from tests import tiny
 from tests.distributed import scenarios
 from tests.distributed.launch import joined, launch
 from tests.reference import relative_error
@@ -29,13 +31,18 @@ EXACT = [
     run("zero3", "zero3", zero={"sub_group_size": 3000}, record=True),
     run("fsdp2", "fsdp2", fsdp={"activation_checkpointing": True}),
 ]
+SPIKES = [
+    run(f"spike-{engine}", engine, steps=7, spikes=True, options={}, max_grad_norm=0.5,
+        fault={"kind": "large", "rank": 1, "step": 5})
+    for engine in ("ddp", "zero1", "zero3", "fsdp2")
+]  # fmt: skip
 HALF = [run("bf16_optimizer", "bf16_optimizer", bf16=True), run("zero1-fp16", "zero1", fp16=True, scale_power=20)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    return {**launch(folder / "1", 1, ONE), **launch(folder / "2", 2, EXACT + HALF)}
+    return {**launch(folder / "1", 1, ONE), **launch(folder / "2", 2, EXACT + HALF + SPIKES)}
 
 
 def weights(result):
@@ -95,3 +102,17 @@ def test_fp16_steps_that_overflow_are_skipped_and_clip_nothing(results):
 
 def test_projections_lie_in_several_sub_groups_of_zero3(results):
     assert len({tuple(step["unit"]) for step in results["zero3"][0]["steps"]}) > 3
+
+
+@pytest.mark.parametrize("spec", SPIKES, ids=lambda spec: spec["name"])
+def test_a_gradient_that_jumps_on_one_rank_is_named_on_all(results, spec):
+    found = [result["spikes"] for result in results[spec["name"]]]
+    assert found[0] == found[1]
+    ((step, what, largest, grown, batches),) = found[0]
+    weight = f"{scenarios.VICTIM}.weight"
+    assert (step, what, largest, grown) == (6, "grad_norm", weight, weight)
+    rows = torch.tensor([row["input_ids"] for row in tiny.tokens(rows=400)[5 * 12 : 6 * 12]])
+    # The sampler deals the rows of a global batch to the ranks in turn, or each rank a run of them.
+    parts = [*rows.split(6), rows[::2], rows[1::2]]
+    assert [b.split(",")[0] for b in sorted(batches)] == ["rank 0", "rank 1"]
+    assert all(any(f"digest {batch_digest(part)}" in b for part in parts) for b in batches)
