@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
     LlamaConfig,
@@ -99,6 +101,32 @@ def test_a_clipped_head_ends_at_the_threshold_and_the_others_where_they_were(kin
     assert after[~over].tolist() == pytest.approx(before[~over].tolist(), rel=1e-5)
     assert clipping.metrics()["muon/qk_clip/min_gamma"] <= float(tau / before.max()) * (1 + 1e-6)
     assert clipping.metrics() == {"muon/qk_clip/heads": 0, "muon/qk_clip/min_gamma": 1.0}
+
+
+FAMILIES = [
+    *("arcee", "cohere", "cohere2", "ernie4_5", "gemma2", "glm4", "gpt_oss", "granite", "minicpm3", "ministral3"),
+    *("mixtral", "nemotron", "olmo", "phi", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+]
+LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+)
+EXTRA = {"gpt_oss": {"num_local_experts": 4}, "mixtral": {"num_local_experts": 4}, "minicpm3": LATENT}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of_other_families_end_at_the_threshold_too(family):
+    options = {**SIZES, "head_dim": 8, "pad_token_id": 0, **EXTRA.get(family, {})}
+    if family == "minicpm3":
+        del options["head_dim"]  # there it is the size of the rotary part
+    model = seeded(lambda: AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**options)))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if any(part in name for part in ("q_proj.", "k_proj.", "q_b_proj.", "kv_b_proj.")):
+                p.mul_(60).add_(torch.randn_like(p) * 0.3)
+    before = heads_of(model)[0]
+    tau = between(before)
+    step(model, optimizer(model, tau)[0])
+    assert heads_of(model)[0].tolist() == pytest.approx(before.clamp(max=tau).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gqa", "mla", "mla with q_lora"])

@@ -1,14 +1,16 @@
 """Spikes are named by step, layer and batch, noise is not; and the RMS of hidden layers' outputs."""
 
+import importlib
 import logging
 import math
 import random
 
 import pytest
 import torch
+import watching
 from transformers import TrainingArguments
 
-from hf_muon import OutputRMSCallback, SpikeCallback
+from hf_muon import AttentionLogitsCallback, OutputRMSCallback, SpikeCallback
 from hf_muon.integrations.spikes import RobustWindow, batch_digest
 
 from . import tiny
@@ -160,3 +162,19 @@ def test_output_rms_is_that_of_all_outputs_of_the_hidden_layers_of_a_kind(tmp_pa
     assert {k: v for k, v in second.items() if "output" in k} == pytest.approx(expected, rel=1e-5)
     assert not any("output" in k for k in first)
     assert not any(module._forward_hooks for module in run.model.modules())
+
+
+@pytest.mark.parametrize("script", ["pretrain", "sft"])
+def test_both_training_scripts_take_the_watching_options(script, tmp_path):
+    parser = importlib.import_module(script).make_parser()
+    source = {"pretrain": "config_name", "sft": "model_name_or_path"}[script]
+    given = "--attention_logits_steps 5 --output_rms_steps 7 --detect_spikes --use_cpu --bf16 false --dataset_name x"
+    given = [*given.split(), f"--{source}", "x", "--output_dir", str(tmp_path)]
+    arguments = parser.parse_args_and_config(given)[0]
+    logits, outputs, spikes = arguments.watchers()
+    assert (type(logits), logits.steps) == (AttentionLogitsCallback, 5)
+    assert (type(outputs), outputs.steps) == (OutputRMSCallback, 7)
+    assert type(spikes) is SpikeCallback
+    assert watching.WatchArguments().watchers() == []
+    with pytest.raises(ValueError, match="output_rms_steps must be a positive integer, got 0"):
+        watching.WatchArguments(output_rms_steps=0).watchers()
