@@ -134,8 +134,8 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for unit in self._prepare():
-            factors = self.row_factors(unit) if self.row_factors is not None else {}
+        # All are asked before any is stepped, because they may refuse.
+        for unit, factors in [(u, self.row_factors(u) if self.row_factors else {}) for u in self._prepare()]:
             if unit.exchange is None:
                 self._step_adamw(unit)
             else:

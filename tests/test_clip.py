@@ -238,9 +238,11 @@ def test_infinite_logits_are_not_divided_by():
     assert clip.gammas(torch.tensor([50.0, 200.0, math.inf, math.nan, -math.inf]), 100.0).tolist() == [1, 0.5, 1, 1, 1]
 
 
-def test_a_step_without_a_training_forward_is_an_error_and_changes_nothing():
+@pytest.mark.parametrize("exclude", [(), ("*q_proj*", "*k_proj*")], ids=["muon", "adamw"])
+def test_a_step_without_a_training_forward_is_an_error_and_changes_nothing(exclude):
     model = MODELS["gqa"]()
-    muon, _ = optimizer(model, 1.0, lr=1e-3)
+    muon = hf_muon.Muon(hf_muon.param_groups(model, exclude=exclude), lr=1e-3)
+    attach(model, muon, 1.0)
     step(model, muon)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="no attention in training mode since the last step"):
