@@ -53,7 +53,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("budget", [1, 200, 2**24])
+@pytest.mark.parametrize("budget", [1, 600, 2**24])
 @pytest.mark.parametrize("case", CASES)
 def test_chunked_logits_equal_all_logits_at_once(case, budget):
     query, key = random()
@@ -63,6 +63,29 @@ def test_chunked_logits_equal_all_logits_at_once(case, budget):
     assert torch.allclose(found.largest.double(), largest, rtol=1e-5)
     assert (int(found.above), int(found.total)) == (above, total) and above > 0
     assert (logit_bound(query, key, scaling=0.4) >= found.largest).all()
+
+
+@pytest.mark.parametrize("budget", [1, 400, 2**24])
+@pytest.mark.parametrize("offset", [5, -3])
+def test_more_keys_or_fewer_than_queries_are_aligned_at_the_end(offset, budget):
+    query, key = random()
+    if offset > 0:
+        query = query[:, :, offset:]
+    else:
+        key = key[:, :, -offset:]
+    allowed = torch.ones(query.shape[2], key.shape[2]).tril(offset).bool()
+    largest, above, total = by_hand(query, key, 0.4, allowed)
+    found = attention_logits(query, key, scaling=0.4, visible=Visible(causal=True, offset=offset), budget=budget)
+    assert torch.allclose(found.largest.double(), largest, rtol=1e-5)
+    assert (int(found.above), int(found.total)) == (above, total) and above > 0
+
+
+def test_heads_that_do_not_divide_and_a_scaling_that_is_not_positive_are_refused():
+    query, key = random()
+    with pytest.raises(ValueError, match="3 query heads do not divide over 2 key heads"):
+        attention_logits(query[:, :3], key)
+    with pytest.raises(ValueError, match="scaling must be positive, got -1.0"):
+        attention_logits(query, key, scaling=-1.0)
 
 
 def test_logits_of_half_precision_are_summed_in_float32():

@@ -16,6 +16,8 @@ from torch import Tensor
 
 THRESHOLD = 100.0
 """Above it a logit counts as large: figure 7 of the paper, and tau of Kimi K2's QK-Clip (arXiv 2507.20534)."""
+_CAUSAL_ROWS = 128
+"""Queries at a time where later ones see more keys: what none of them sees is not computed."""
 BUDGET = 2**24
 """Logits held at a time: 64 MiB in float32, whatever the length of the sequence."""
 
@@ -42,6 +44,14 @@ class Visible:
     """[B or 1, H or 1, Tq, Tk or more]: true where visible, or added to logits: the dtype's minimum where not."""
     function: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
     """A ``mask_mod`` of flex attention: (batch, head, query, key) to bool."""
+
+    def seen(self, start: int, stop: int, keys: int) -> tuple[int, int]:
+        """Of ``keys``: how many all queries from ``start`` to ``stop`` see, and behind how many none sees any."""
+        others = (self.window, self.keys, self.segments, self.dense, self.function)
+        only_causal = self.causal and all(x is None for x in others)
+        free = start + self.offset + 1 if only_causal else 0
+        last = stop + self.offset if self.causal else keys
+        return min(max(free, 0), keys), min(max(last, 1), keys)
 
     def block(self, start: int, stop: int, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
         """Queries ``start`` to ``stop`` of ``shape`` (B, H, Tq, Tk): bool, broadcasts to [B, H, stop - start, Tk].
@@ -122,7 +132,7 @@ def attention_logits(
         budget: logits held at a time, at least those of one query.
 
     Raises:
-        ValueError: heads that do not divide.
+        ValueError: heads that do not divide, or a ``scaling`` that is not positive.
     """
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1], key.shape[2]
@@ -130,27 +140,31 @@ def attention_logits(
         raise ValueError(f"{heads} query heads do not divide over {groups} key heads")
     query, key = _as_the_kernel_sees(query), _as_the_kernel_sees(key)
     scaling = size**-0.5 if scaling is None else float(scaling)
+    if not scaling > 0:
+        raise ValueError(f"scaling must be positive, got {scaling}")
     visible = visible or Visible()
+    # Where no logit can be above the threshold none is counted, which saves a pass over them.
+    some = bool((logit_bound(query, key, scaling=scaling) > threshold).any())
     largest = torch.full((groups, heads // groups), -math.inf, device=query.device)
     above = torch.zeros((), dtype=torch.int64, device=query.device)
     total = torch.zeros_like(above)
-    rows = max(1, budget // max(1, batch * heads * keys))
+    rows = max(1, min(budget // max(1, batch * heads * keys), _CAUSAL_ROWS if visible.causal else queries))
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
-        seen = min(keys, max(1, stop + visible.offset)) if visible.causal and visible.dense is None else keys
+        free, last = visible.seen(start, stop, keys)
         part = query[:, :, start:stop].reshape(batch * groups, -1, size)
-        scores = _product(part, key[:, :, :seen].reshape(batch * groups, seen, size)).mul_(scaling)
-        scores = scores.view(batch, heads, stop - start, seen)
-        mask = visible.block(start, stop, (batch, heads, queries, keys), query.device)
-        if mask is None:
-            total += scores.numel()
-        else:
-            mask = mask[..., :seen]
-            scores.masked_fill_(~mask, -math.inf)
-            total += mask.sum() * (scores.numel() // max(1, mask.numel()))
+        scores = _product(part, key[:, :, :last].reshape(batch * groups, last, size))
+        scores = scores.view(batch, heads, stop - start, last)
+        mask = visible.block(start, stop, (batch, heads, queries, keys), query.device) if free < last else None
+        total += scores[..., :free].numel() if mask is not None else scores.numel()
+        if mask is not None:
+            mask, masked = mask[..., free:last], scores[..., free:]
+            masked.masked_fill_(~mask, -math.inf)
+            total += mask.sum() * (masked.numel() // max(1, mask.numel()))
         largest = torch.maximum(largest, scores.amax(dim=(0, 2, 3)).view_as(largest))
-        above += (scores > threshold).sum()
-    return Logits(largest.flatten(), above, total)
+        if some:
+            above += (scores > threshold / scaling).sum()
+    return Logits(largest.flatten() * scaling, above, total)
 
 
 @torch.no_grad()
