@@ -24,8 +24,11 @@ if not _logger.handlers:
 # The optimizer works on torch alone; with transformers installed, importing the package registers optim="muon".
 if importlib.util.find_spec("transformers") is not None:
     try:
+        from .integrations.attention import AttentionLogitsCallback
+        from .integrations.outputs import OutputRMSCallback
         from .integrations.registry import register, unregister
         from .integrations.spectra import SpectraCallback
+        from .integrations.spikes import SpikeCallback
         from .integrations.trainer import MuonFactory, create_optimizer
     except ImportError as error:
         _logger.warning(
@@ -36,4 +39,5 @@ if importlib.util.find_spec("transformers") is not None:
         )
     else:
         register()
-        __all__ += ["MuonFactory", "SpectraCallback", "create_optimizer", "register", "unregister"]
+        __all__ += ["AttentionLogitsCallback", "OutputRMSCallback", "SpectraCallback", "SpikeCallback"]
+        __all__ += ["MuonFactory", "create_optimizer", "register", "unregister"]

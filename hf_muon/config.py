@@ -70,6 +70,9 @@ class MuonConfig:
     exclude: tuple[str, ...] = ()
     """``fnmatch`` patterns of parameter names that AdamW must train; joined by ``;``."""
 
+    qk_clip: float | None = None
+    """tau of Kimi K2's QK-Clip (arXiv 2507.20534, there 100): heads whose largest attention logit passed it are scaled
+    back to it after each step; default off."""
     momentum_dtype: str = "float32"
     """Of the momentum buffer: ``float32`` or ``bfloat16``, half the memory, which rounds away small gradients."""
     kahan_sum: bool = False
@@ -86,6 +89,8 @@ class MuonConfig:
         for name in ("muon_lr", "adamw_lr"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), 0.0, math.inf, open_end=True)
+        if self.qk_clip is not None:
+            _check_number("qk_clip", self.qk_clip, 0.0, math.inf, open_start=True, open_end=True)
         schedule(self.ns_coefficients, self.ns_steps)
         _check_choice("ns_dtype", self.ns_dtype, tuple(NS_DTYPES))
         _check_choice("momentum_dtype", self.momentum_dtype, tuple(NS_DTYPES))
@@ -215,6 +220,7 @@ _PARSERS: dict[str, Any] = {
     "update_rms": float,
     "muon_lr": float,
     "adamw_lr": float,
+    "qk_clip": float,
     "decay_norms_and_biases": _bool,
     "kahan_sum": _bool,
     "split_fused": _bool,

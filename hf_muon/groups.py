@@ -31,11 +31,16 @@ def param_groups(
         **overrides: fields of :class:`MuonConfig` by name; they win over ``config``.
 
     Raises:
-        ValueError: see :func:`route`; or a parameter in no group, or in two.
+        ValueError: see :func:`route`; or a parameter in no group, or in two; or ``qk_clip``, which groups cannot do.
     """
     # What nobody asked for stays out of the groups, so that arguments of the optimizer itself are not overruled.
     asked = UPDATE_KEYS if config is not None else tuple(key for key in UPDATE_KEYS if key in overrides)
     config = MuonConfig.merged(config, overrides)
+    if config.qk_clip is not None:
+        raise ValueError(
+            "qk_clip needs the model beside the optimizer, and groups alone would not clip. Remedy: "
+            "hf_muon.integrations.clip.attach(model, optimizer, qk_clip), or optim='muon' in a Trainer"
+        )
     routes = route(model, config)
     _check_partition(model, routes)
     decayed = [_has_decay(r, config) for r in routes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import canonical, checks, engines, state, update
+from . import canonical, checks, clip, engines, state, update
 from .coefficients import Coefficients
 from .config import NS_DTYPES
 from .exchange import collectives
@@ -41,14 +41,12 @@ class Muon(Optimizer):
         weight_decay: decoupled, for Muon and AdamW groups alike.
         momentum, nesterov: equation (1) and footnote 1. The buffer is the sum form, in float32.
         ns_steps, ns_coefficients, ns_dtype: see :func:`hf_muon.newton_schulz`.
-        adjust_lr_fn: update scale, one of :data:`hf_muon.config.SCALES`; ``"match_rms_adamw"`` is an alias of the
-            default.
+        adjust_lr_fn: update scale, one of :data:`hf_muon.config.SCALES`, or ``"match_rms_adamw"``, the default.
         update_rms: the 0.2 above.
         hidden_size: H of ``adjust_lr_fn="sqrt_hidden_size"``.
         betas, eps: of the AdamW groups.
-        process_group: ranks that hold the same parameters and the same, already averaged, gradients (DDP):
-            Newton-Schulz is shared out over them and the updates are gathered. Sharded engines (DeepSpeed ZeRO, FSDP2)
-            are recognised by their tensors and need no group here.
+        process_group: ranks that hold the same parameters and the same, already averaged, gradients (DDP), to share
+            out Newton-Schulz. Sharded engines (DeepSpeed ZeRO, FSDP2) are recognised by their tensors and need none.
         exchange_bytes: matrices of at most this many bytes (in ``ns_dtype``) are orthogonalized at a time on a rank;
             the transient memory of a step is a small multiple of it, whatever the size of the model.
         momentum_dtype, kahan_sum: see :class:`hf_muon.MuonConfig`.
@@ -56,14 +54,14 @@ class Muon(Optimizer):
     Raises:
         ValueError, TypeError: at construction, for any value outside its range, a tensor ``lr``, an empty group, a
             parameter that is no matrix, not floating, frozen like all the others, or given twice.
-        RuntimeError: from :meth:`step`, for a sparse or misshapen gradient, or a parameter that a distributed engine
-            has re-laid out; nothing has been changed then.
+        RuntimeError: from :meth:`step`, for a gradient or a layout that is not served; nothing has been changed then.
 
-    A NaN or infinity (or more than 1e36) in any gradient skips the whole step: parameters, momentum and AdamW state
-    stay as they were, and :attr:`telemetry` counts it.
+    A NaN or infinity (or more than 1e36) in any gradient skips the whole step, and :attr:`telemetry` counts it.
     """
 
     telemetry: Telemetry
+    row_factors: Callable[[Unit], Mapping[str, Tensor]] | None = None
+    """Asked before a unit is stepped: what rows of its parameters are multiplied by behind its update (QK-Clip)."""
 
     def __init__(
         self,
@@ -141,11 +139,13 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for unit in self._prepare():
+        # All are asked before any is stepped, because they may refuse.
+        for unit, factors in [(u, self.row_factors(u) if self.row_factors else {}) for u in self._prepare()]:
             if unit.exchange is None:
                 self._step_adamw(unit)
             else:
                 self._step_muon(unit, unit.exchange)
+            clip.rescale_(unit, factors)
             self._share(unit)
         return loss
 

@@ -27,6 +27,7 @@ from datasets.utils import tqdm
 from lifecycle import model_source, progress_bars, train_and_report
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from trl import TrlParser
+from watching import WatchArguments
 
 from hf_muon.integrations.continuation import CarryOptimizerState
 from hf_muon.integrations.moe import ExpertBalanceCallback
@@ -34,7 +35,7 @@ from hf_muon.moonlight.schedules import Run, parse_tokens
 
 
 @dataclass
-class PretrainArguments:
+class PretrainArguments(WatchArguments):
     """Model and data; the names are those of TRL and of transformers' language-modeling examples."""
 
     dataset_name: str = field(metadata={"help": "Hub name, or a folder with train.jsonl and test.jsonl."})
@@ -193,8 +194,8 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def make_callbacks(arguments: PretrainArguments, tokens: TokenArguments, model: Any, run: Run | None) -> list[Any]:
-    """Taking over an optimizer's state, balancing experts, measuring spectra: as far as the options ask for them."""
-    callbacks: list[Any] = []
+    """Taking over an optimizer's state, balancing experts, spectra and watching, as far as the options ask for them."""
+    callbacks: list[Any] = arguments.watchers()
     if arguments.continue_from and arguments.carry_optimizer:
         callbacks.append(CarryOptimizerState(arguments.continue_from))
     if tokens.expert_bias_rate is not None:

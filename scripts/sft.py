@@ -34,10 +34,11 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
+from watching import WatchArguments
 
 
 @dataclass
-class SFTScriptArguments(ScriptArguments):
+class SFTScriptArguments(WatchArguments, ScriptArguments):
     """TRL's script arguments and some of ours."""
 
     drop_overlong: bool = field(
@@ -188,6 +189,7 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         base=base,
         data=data_names(script_args, mixture),
+        callbacks=script_args.watchers(),
     )
     train_and_report(trainer)
 

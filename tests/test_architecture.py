@@ -26,6 +26,7 @@ LEVELS = {
     "analysis": 1,
     "logical": 5,
     "units": 5,
+    "clip": 6,
     "canonical": 6,
     "state": 6,
     "routing": 6,

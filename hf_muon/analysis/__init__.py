@@ -1,1 +1,1 @@
-"""What trained weights look like: spectra of matrices, and the groups that the paper averages them in."""
+"""What training does to a model, measured on torch alone: spectra of weights, and attention logits."""

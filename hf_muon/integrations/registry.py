@@ -1,7 +1,8 @@
 """Makes ``optim="muon"`` a valid choice of ``transformers.TrainingArguments``, and takes it back.
 
 transformers has no plugin point for optimizers, so this adds a member to its ``OptimizerNames`` enum and a handler to
-its table, and wraps some functions: ``Trainer.log`` adds ``muon/...`` to the training logs;
+its table, and wraps some functions: ``Trainer.log`` adds ``muon/...`` to the training logs; two more show a
+:class:`hf_muon.SpikeCallback` each batch, its loss and the gradient norm;
 ``AcceleratedOptimizer.step`` counts the steps that a loss scaler skips; ``TrainingArguments.__post_init__`` and
 ``Trainer.get_optimizer_cls_and_kwargs`` refuse, as early as it can be known, a malformed ``optim_args`` and an engine
 that would train with something else. All of it is idempotent and undone by :func:`unregister`.
@@ -22,9 +23,12 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..config import MuonConfig
 from . import checkpoints
+from .clip import QKClip
 from .engines import refuse_unsupported, with_client_optimizer
+from .measuring import MeasuringCallback, refuse_compiled
 from .moe import ExpertBalanceCallback
 from .spectra import SpectraCallback
+from .spikes import SpikeCallback, with_judged_steps, with_watched_batches
 from .trainer import MuonFactory, arguments, find_muon
 
 logger = logging.getLogger("hf_muon")
@@ -130,10 +134,12 @@ def _with_muon_metrics(original: Any) -> Any:
         # Training logs only: evaluation and the closing summary have no step of their own to describe.
         if "loss" in logs and "learning_rate" in logs:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, (ExpertBalanceCallback, SpectraCallback)):
+                if isinstance(callback, (ExpertBalanceCallback, MeasuringCallback, SpectraCallback, SpikeCallback)):
                     logs.update(callback.metrics())
             if optimizer is not None:
                 logs.update(optimizer.metrics())
+                if isinstance(optimizer.row_factors, QKClip):
+                    logs.update(optimizer.row_factors.metrics())
                 # DeepSpeed finds an overflow itself, and then never calls the optimizer.
                 logs["muon/skipped_steps"] += getattr(getattr(self, "deepspeed", None), "skipped_steps", 0)
         original(self, logs, start_time)
@@ -178,12 +184,16 @@ def _check(args: TrainingArguments) -> None:
     ``optim``: only a check on the arguments themselves can see it.
     """
     if _is_ours(args.optim):
-        MuonConfig.from_optim_args(args.optim_args)
+        config = MuonConfig.from_optim_args(args.optim_args)
+        if config.qk_clip is not None:
+            refuse_compiled(args, "qk_clip")
         refuse_unsupported(args)
 
 
 _WRAPS: tuple[tuple[Any, str, Any], ...] = (
     (Trainer, "log", _with_muon_metrics),
+    (Trainer, "training_step", with_watched_batches),
+    (Trainer, "_maybe_log_save_evaluate", with_judged_steps),
     (AcceleratedOptimizer, "step", _counting_scaler_skips),
     (Trainer, "get_optimizer_cls_and_kwargs", _with_checked_optim_args),
     (TrainingArguments, "__post_init__", _with_early_checks),

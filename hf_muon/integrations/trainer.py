@@ -13,7 +13,7 @@ from ..config import MuonConfig
 from ..groups import param_groups
 from ..optimizer import Muon
 from ..routing import Report, route
-from . import engines
+from . import clip, engines
 
 logger = logging.getLogger("hf_muon")
 
@@ -41,7 +41,7 @@ class MuonFactory:
         engines.refuse_unsupported()
         engines.keep_client_optimizer()
         optimizer = Muon(
-            param_groups(model, config, lr=lr, weight_decay=weight_decay),
+            param_groups(model, dataclasses.replace(config, qk_clip=None), lr=lr, weight_decay=weight_decay),
             lr=lr,
             weight_decay=weight_decay,
             betas=betas,
@@ -49,6 +49,8 @@ class MuonFactory:
             process_group=engines.replicas() if config.share_newton_schulz else None,
             exchange_bytes=config.exchange_bytes,
         )
+        if config.qk_clip is not None:
+            clip.attach(model, optimizer, config.qk_clip)
         if int(os.environ.get("RANK", "0")) == 0:
             logger.info("The optimizer of this run is hf_muon.Muon.\n%s", Report(tuple(route(model, config))))
         return optimizer

@@ -50,26 +50,30 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+SPOILED = {"nan": float("nan"), "large": 1e3}
+
+
 class _Spoiled(torch.autograd.Function):
-    """The identity, whose gradient has a NaN in its first element."""
+    """The identity, whose gradient has something else in its first element."""
 
     @staticmethod
-    def forward(ctx, weight):
+    def forward(ctx, weight, value):
+        ctx.value = value
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.clone()
-        grad[0, 0] = float("nan")
-        return grad
+        grad[0, 0] = ctx.value
+        return grad, None
 
 
 class Faults(transformers.TrainerCallback):
-    """On one rank, in one step, the ``VICTIM`` is not used, or gets a NaN gradient; or its weights change before any.
+    """On one rank, in one step, the ``VICTIM`` is not used, or its gradient is spoiled; or its weights change before.
 
     Args:
         model: what is trained.
-        fault: ``kind`` (``unused``, ``nan``, ``changed``), ``rank``, ``step``.
+        fault: ``kind`` (``unused``, ``nan``, ``large``, ``changed``), ``rank``, ``step``.
     """
 
     def __init__(self, model, fault: dict):
@@ -80,8 +84,8 @@ class Faults(transformers.TrainerCallback):
         def forward(x):
             if self.now and fault["kind"] == "unused":
                 return x.new_zeros(*x.shape[:-1], self.layer.out_features)
-            if self.now and fault["kind"] == "nan":
-                return torch.nn.functional.linear(x, _Spoiled.apply(self.layer.weight))
+            if self.now and fault["kind"] in SPOILED:
+                return torch.nn.functional.linear(x, _Spoiled.apply(self.layer.weight, SPOILED[fault["kind"]]))
             return original(x)
 
         self.layer.forward = forward

@@ -39,6 +39,10 @@ def train(out: Path, spec: dict) -> dict:
             p.use_muon = p.ndim == 2 and "embed" not in name
     callbacks = [scenarios.Faults(model, spec["fault"])] if "fault" in spec else []
     callbacks += [hf_muon.SpectraCallback(model, spec["spectra"])] if "spectra" in spec else []
+    if "attention_logits_steps" in spec:
+        callbacks.append(hf_muon.AttentionLogitsCallback(spec["attention_logits_steps"]))
+    spikes = hf_muon.SpikeCallback(window=8, least=4)
+    callbacks += [spikes] if "spikes" in spec else []
     trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=callbacks)
     recorder = []
     if spec.get("record"):
@@ -56,6 +60,7 @@ def train(out: Path, spec: dict) -> dict:
     return {
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "world_size": args.world_size,
+        "spikes": [(s.step, s.what, s.largest, s.grown, list(s.batches)) for s in spikes.spikes],
         "overflows": getattr(trainer.model_wrapped, "skipped_steps", 0),  # DeepSpeed's count
         **outcome(trainer.model, muon, recorder[0] if recorder else None),
     }
