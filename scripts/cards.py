@@ -147,4 +147,5 @@ def muon_settings(trainer: Any) -> dict[str, Any]:
         rows[f"{group['algorithm']}_lr"] = group.get("initial_lr", group["lr"])
         if group["algorithm"] == "muon":
             rows |= {key: group[key] for key in UPDATE_KEYS} | {"weight decay": f"{group['weight_decay']:g}"}
+    rows = {key: "off" if value is None else value for key, value in rows.items()}
     return {key: "; ".join(value) or "none" if key in ("include", "exclude") else value for key, value in rows.items()}

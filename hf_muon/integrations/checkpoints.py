@@ -62,7 +62,7 @@ def _load_untrained(model: nn.Module, folder: Path, trained: set[str]) -> None:
             if not hasattr(tensor, "ds_tensor"):
                 tensor.copy_(value)
                 continue
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters(tensor, modifier_rank=0):
                 if dist.get_rank() == 0:

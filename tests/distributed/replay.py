@@ -1,8 +1,8 @@
 """The oracle of the engines: the gradients that reached the optimizer, stepped through whole on one process.
 
-Equal bits are asked for (but see :func:`same`). On several ranks other matrices are stacked together than on one, and a batched product of
-float32 depends on its neighbours once it has two threads (from 1e-7 on 32 x 256; never seen with one): one thread here,
-as in the workers.
+Equal bits are asked for (but see :func:`same`). On several ranks other matrices are stacked together than on one, and a
+batched product of float32 depends on its neighbours once it has two threads (from 1e-7 on 32 x 256; never seen with
+one): one thread here, as in the workers.
 """
 
 import torch
