@@ -25,6 +25,7 @@ if not _logger.handlers:
 if importlib.util.find_spec("transformers") is not None:
     try:
         from .integrations.registry import register, unregister
+        from .integrations.spectra import SpectraCallback
         from .integrations.trainer import MuonFactory, create_optimizer
     except ImportError as error:
         _logger.warning(
@@ -35,4 +36,4 @@ if importlib.util.find_spec("transformers") is not None:
         )
     else:
         register()
-        __all__ += ["MuonFactory", "create_optimizer", "register", "unregister"]
+        __all__ += ["MuonFactory", "SpectraCallback", "create_optimizer", "register", "unregister"]

@@ -12,7 +12,7 @@ A killed run goes on from its last checkpoint when started again with the same `
 
 from __future__ import annotations
 
-import hf_muon  # noqa: F401  # isort: skip  (first: the parser reads the optimizer names when it is built)
+import hf_muon  # isort: skip  (first: the parser reads the optimizer names when it is built)
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -67,6 +67,9 @@ class PretrainArguments:
     )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the weights: float32, bfloat16 or auto."})
     attn_implementation: str | None = field(default=None, metadata={"help": "For instance flash_attention_2."})
+    spectra_steps: int | None = field(
+        default=None, metadata={"help": "Log SVD entropy, stable rank and spectral norm by group, every so many steps."}
+    )
 
     def __post_init__(self) -> None:
         if sum(map(bool, (self.model_name_or_path, self.continue_from, self.config_name))) != 1:
@@ -178,7 +181,7 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def make_callbacks(arguments: PretrainArguments, tokens: TokenArguments, model: Any, run: Run | None) -> list[Any]:
-    """Taking over an optimizer's state, and balancing experts, as far as the options ask for them."""
+    """Taking over an optimizer's state, balancing experts, measuring spectra: as far as the options ask for them."""
     callbacks: list[Any] = []
     if arguments.continue_from and arguments.carry_optimizer:
         callbacks.append(CarryOptimizerState(arguments.continue_from))
@@ -188,6 +191,8 @@ def make_callbacks(arguments: PretrainArguments, tokens: TokenArguments, model: 
         callbacks.append(
             ExpertBalanceCallback(model, lambda step: 0.0 if last and run and run.tokens(step) >= last else rate)
         )
+    if arguments.spectra_steps is not None:
+        callbacks.append(hf_muon.SpectraCallback(model, arguments.spectra_steps))
     return callbacks
 
 

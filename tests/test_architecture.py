@@ -23,6 +23,8 @@ LEVELS = {
     "exchange": 3,
     "engines": 4,
     "moonlight": 1,
+    "analysis": 1,
+    "logical": 5,
     "units": 5,
     "canonical": 6,
     "state": 6,

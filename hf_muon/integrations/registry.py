@@ -24,6 +24,7 @@ from ..config import MuonConfig
 from . import checkpoints
 from .engines import refuse_unsupported, with_client_optimizer
 from .moe import ExpertBalanceCallback
+from .spectra import SpectraCallback
 from .trainer import MuonFactory, arguments, find_muon
 
 logger = logging.getLogger("hf_muon")
@@ -129,7 +130,7 @@ def _with_muon_metrics(original: Any) -> Any:
         # Training logs only: evaluation and the closing summary have no step of their own to describe.
         if "loss" in logs and "learning_rate" in logs:
             for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ExpertBalanceCallback):
+                if isinstance(callback, (ExpertBalanceCallback, SpectraCallback)):
                     logs.update(callback.metrics())
             if optimizer is not None:
                 logs.update(optimizer.metrics())

@@ -37,8 +37,9 @@ def train(out: Path, spec: dict) -> dict:
     if spec.get("native"):  # DeepSpeed's own Muon acts on this tag; the package must never set it
         for name, p in model.named_parameters():
             p.use_muon = p.ndim == 2 and "embed" not in name
-    faults = [scenarios.Faults(model, spec["fault"])] if "fault" in spec else []
-    trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=faults)
+    callbacks = [scenarios.Faults(model, spec["fault"])] if "fault" in spec else []
+    callbacks += [hf_muon.SpectraCallback(model, spec["spectra"])] if "spectra" in spec else []
+    trainer = SequentialTrainer(model=model, args=args, train_dataset=tiny.tokens(rows=400), callbacks=callbacks)
     recorder = []
     if spec.get("record"):
         create = trainer.create_optimizer

@@ -1,0 +1,1 @@
+"""What trained weights look like: spectra of matrices, and the groups that the paper averages them in."""
