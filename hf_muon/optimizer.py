@@ -16,7 +16,7 @@ from . import canonical, checks, clip, engines, state, update
 from .coefficients import Coefficients
 from .config import NS_DTYPES
 from .exchange import collectives
-from .exchange.exchange import Exchange, Stack
+from .exchange.exchange import Exchange, Stack, Turn
 from .matrices import MatrixLayout
 from .orthogonalize import newton_schulz
 from .telemetry import Record, Telemetry
@@ -158,13 +158,14 @@ class Muon(Optimizer):
         weights, momenta, grads = unit.weights(), state.momenta(self.state, unit), unit.grads
         for i, grad in grads.items():
             update.accumulate_(momenta[i], grad, mu)  # storage: M <- mu M + G
-        for turn in exchange.turns(grads):
+
+        def directions(turn: Turn) -> list[Tensor]:
             # Rounded once, here, to what Newton-Schulz computes in: a slice that travels is the same as one that stays.
-            slices = [
+            return [
                 update.direction(grads[i][a:b], momenta[i][a:b], mu, group["nesterov"], wire) for i, a, b in turn.slices
             ]
-            stacks = turn.to_matrices(slices, wire)  # exchange: whole matrices, each on its owner
-            del slices
+
+        for turn, stacks in exchange.to_matrices(grads, directions, wire):  # exchange: whole matrices on their owners
             results = [self._orthogonalize(stack, group) for stack in stacks]  # compute: 0.2 sqrt(max(A, B)) O
             del stacks
             for (i, a, b), change in turn.to_storage(results, wire):  # exchange: where W is stored

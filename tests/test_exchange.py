@@ -282,7 +282,7 @@ def all_to_all(outgoing, incoming, like, member):
     board = world.swap(rank, [torch.cat([like.new_empty(0), *parts]) for parts in outgoing])
     received = [theirs[rank] for theirs in board]
     assert [t.numel() for t in received] == list(incoming)
-    return received
+    return lambda: received
 
 
 def broadcast(values, source, member):
@@ -315,8 +315,8 @@ def rehearse(monkeypatch, layouts, placements, ranks, budget, active=None):
         stored = [w[a:b] for w, (a, b) in zip(whole, spans, strict=True)]
         result = [torch.full_like(t, torch.nan) for t in stored]
         like, seen = torch.empty(0, dtype=torch.float64), []
-        for turn in exchange.turns(active):
-            stacks = turn.to_matrices([stored[i][a:b] for i, a, b in turn.slices], like)
+        values = lambda turn: [stored[i][a:b] for i, a, b in turn.slices]  # noqa: E731
+        for turn, stacks in exchange.to_matrices(active, values, like):
             seen += [row for s in stacks for row in as_rows(s.shape, s.matrices)]
             # The largest entry names the matrix: an update that came from another one would be seen.
             results = [s.matrices + s.matrices.amax(dim=(1, 2), keepdim=True) for s in stacks]
@@ -392,6 +392,27 @@ def test_one_process_sends_nothing(monkeypatch):
     layouts = [*LAYOUTS.values()]
     world = rehearse(monkeypatch, layouts, [(Span(0, 0, numel(x)),) for x in layouts], 1, 50)
     assert world.sent == [0]
+
+
+def test_the_next_slices_are_sent_before_this_turns_matrices_are_computed(monkeypatch):
+    events = []
+
+    def recorded(outgoing, incoming, like, group):
+        events.append("sent")
+        return lambda: events.append("received") or [like.new_empty(n) for n in incoming]
+
+    monkeypatch.setattr(collectives, "all_to_all", recorded)
+    # Three matrices, each in halves on two ranks, one in a turn; rank 0 owns at least one.
+    layouts, placements = [MatrixLayout((4, 4))] * 3, [(Span(0, 0, 8), Span(1, 8, 16))] * 3
+    exchange = Exchange(layouts, placements, rank=0, ranks=2, group="any", budget=16)
+    like = torch.empty(0)
+    for _turn, _stacks in exchange.to_matrices(
+        range(3), lambda turn: [torch.ones(b - a) for _, a, b in turn.slices], like
+    ):
+        events.append("computed")
+    turns = len(exchange.turns(range(3)))
+    assert turns > 1
+    assert events == ["sent", *["sent", "received", "computed"] * (turns - 1), "received", "computed"]
 
 
 def test_turns_are_kept_for_the_same_gradients_and_not_for_ever():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +10,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def all_to_all(outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[int], like: Tensor, group: Any) -> list[Tensor]:
-    """Send the 1-D tensors ``outgoing[r]`` to each rank r; returns what came, ``incoming[r]`` elements from each."""
+def all_to_all(
+    outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[int], like: Tensor, group: Any
+) -> Callable[[], list[Tensor]]:
+    """Send the 1-D tensors ``outgoing[r]`` to each rank r.
+
+    Returns:
+        A function that waits for what comes, ``incoming[r]`` elements from each; call it once.
+    """
     parts = [part for parts in outgoing for part in parts]
     send = torch.cat(parts) if parts else like.new_empty(0)
     received = like.new_empty(sum(incoming))
     size = like.element_size()
-    dist.all_to_all_single(
+    work = dist.all_to_all_single(
         received.view(torch.uint8),
         send.view(torch.uint8),
         [n * size for n in incoming],
         [sum(part.numel() for part in parts) * size for parts in outgoing],
         group=group,
+        async_op=True,
     )
-    return list(received.split(list(incoming)))
+
+    def arrived() -> list[Tensor]:
+        nonlocal send
+        work.wait()
+        del send  # held until here: it was being read
+        return list(received.split(list(incoming)))
+
+    return arrived
 
 
 def broadcast(values: Tensor, source: int, group: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,9 +67,31 @@ class Exchange:
             self._turns = {key: [Turn(self, t) for t in plan_turns(jobs, self.ranks, self.budget)]}
         return self._turns[key]
 
+    def to_matrices(
+        self, active: Collection[int], values: Callable[[Turn], Sequence[Tensor]], like: Tensor
+    ) -> Iterator[tuple[Turn, list[Stack]]]:
+        """Every turn and the whole matrices that this rank owns in it.
+
+        While the caller computes on those, the slices of the next turn are on their way.
+
+        Args:
+            active: the parameters that have gradients.
+            values: gives the 1-D values of a turn's :attr:`Turn.slices`.
+            like: any tensor of their dtype and device; a rank that holds nothing in a turn still takes part.
+        """
+        turns = self.turns(active)
+        coming: list[Callable[[], list[Stack]]] = []
+        for i, turn in enumerate(turns):
+            if not coming:
+                coming.append(turn.send(values(turn), like))
+            for following in turns[i + 1 : i + 2]:
+                if following.travels:  # what stays need not be held early
+                    coming.append(following.send(values(following), like))
+            yield turn, coming.pop(0)()
+
 
 class Turn:
-    """Some matrices on every owner: first :meth:`to_matrices`, then :meth:`to_storage`.
+    """Some matrices on every owner: first :meth:`send`, then :meth:`to_storage`.
 
     Every rank goes through the same turns in the same order; collectives happen in those where anything travels.
     """
@@ -80,7 +102,7 @@ class Turn:
         rank = exchange.rank
         self._owned = [job for job in jobs if job.owner == rank]
         self._replicated = exchange.ranks > 1 and any(job.holders == REPLICATED for job in jobs)
-        self._travels = any(job.straddles for job in jobs)
+        self.travels = any(job.straddles for job in jobs)
         # (job, slice of it stored here), in the order in which both sides of a message go through it
         self._here: list[tuple[Job, Slice]] = []
         self._incoming: list[list[tuple[Job, int]]] = [[] for _ in range(exchange.ranks)]
@@ -99,15 +121,14 @@ class Turn:
 
     @property
     def slices(self) -> list[Slice]:
-        """What :meth:`to_matrices` takes, of what is stored here."""
+        """What :meth:`send` takes, of what is stored here."""
         return [piece for _, piece in self._here]
 
-    def to_matrices(self, values: Sequence[Tensor], like: Tensor) -> list[Stack]:
-        """The values of :attr:`slices` as stacks of the whole matrices that this rank owns.
+    def send(self, values: Sequence[Tensor], like: Tensor) -> Callable[[], list[Stack]]:
+        """Send the values of :attr:`slices` to the owners of their matrices.
 
-        Args:
-            values: 1-D, one per slice.
-            like: any tensor of their dtype and device; a rank that holds nothing in this turn still takes part.
+        Returns:
+            A function that waits for what others send and gives the stacks that this rank owns; call it once.
         """
         rank, ranks = self.exchange.rank, self.exchange.ranks
         parts: dict[Job, list[tuple[int, Tensor]]] = {job: [] for job in self._owned}
@@ -117,18 +138,23 @@ class Turn:
                 parts[job].append((rank, value))
             else:
                 outgoing[job.owner].append(value)
-        if self._travels:
-            sizes = [sum(n for _, n in pieces) for pieces in self._incoming]
-            received = collectives.all_to_all(outgoing, sizes, like, self.exchange.group)
-            for source, (buffer, pieces) in enumerate(zip(received, self._incoming, strict=True)):
+        sizes = [sum(n for _, n in pieces) for pieces in self._incoming]
+        arrived = collectives.all_to_all(outgoing, sizes, like, self.exchange.group) if self.travels else None
+
+        def stacks() -> list[Stack]:
+            for source, buffer in enumerate(arrived() if arrived is not None else ()):
+                pieces = self._incoming[source]
                 for (job, _), part in zip(pieces, buffer.split([n for _, n in pieces]), strict=True):
                     parts[job].append((source, part))
-        # A parameter's elements are stored in the order of the ranks.
-        whole = {job: _join([t for _, t in sorted(found, key=lambda x: x[0])]) for job, found in parts.items()}
-        return [Stack(_stack(members, whole), shape) for shape, members in self._groups]
+            # A parameter's elements are stored in the order of the ranks.
+            whole = {job: _join([t for _, t in sorted(found, key=lambda x: x[0])]) for job, found in parts.items()}
+            parts.clear()
+            return [Stack(_stack(members, whole), shape) for shape, members in self._groups]
+
+        return stacks
 
     def to_storage(self, results: Sequence[Tensor], like: Tensor) -> Iterator[tuple[Slice, Tensor]]:
-        """Updates, one stack per stack of :meth:`to_matrices`, as 1-D tensors of the slices stored here.
+        """Updates, one stack per stack of :meth:`send`, as 1-D tensors of the slices stored here.
 
         Args:
             results: the stacks.
@@ -151,8 +177,8 @@ class Turn:
                 if span.rank != exchange.rank:
                     outgoing[span.rank].append(done[job][span.start - job.start : span.stop - job.start])
         received = [like.new_empty(0)] * exchange.ranks
-        if self._travels:
-            received = collectives.all_to_all(outgoing, incoming, like, exchange.group)
+        if self.travels:
+            received = collectives.all_to_all(outgoing, incoming, like, exchange.group)()
         at = [0] * exchange.ranks
         for job, piece in self._here:
             if job.owner == exchange.rank:
