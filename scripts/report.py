@@ -68,7 +68,7 @@ thead th { border-bottom: 1px solid #888; }
   nav { display: none; }
   .figures { grid-template-columns: 1fr 1fr; }
   figure, tr { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h2 + p, h3 { break-after: avoid; }
   .scroll { overflow: visible; }
   h1 { font-size: 16pt; }
   h2 { font-size: 12pt; margin-top: 1rem; }

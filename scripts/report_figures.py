@@ -17,7 +17,8 @@ from report_runs import Series
 
 SIZE = (4.2, 2.8)  # inches: two fit on a page, and one is readable on a phone
 SHORT = 25  # values of a line that are few enough for a mark each
-LEGEND = 8  # lines that a legend names; more are told apart by a colour scale
+LEGEND = 8  # numbered layers that a legend names; more are told apart by a colour scale
+NAMED = 20  # the same of lines with other names
 INSIDE = 4  # entries of a legend that leave room for the lines; a longer one stands below
 STYLES = ("-", "--", "-.", ":")
 STRETCHES = 400  # of a long line: more than a figure has columns of pixels
@@ -31,7 +32,7 @@ class Line:
     label: str
     data: Series
     colour: str | None = None
-    style: str = "-"
+    style: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,24 @@ def chart(
 
 
 def _draw(axes: Axes, lines: Sequence[Line]) -> None:
-    many = len(lines) > LEGEND
+    many = _on_a_scale(lines)
     for i, line in enumerate(lines):
-        colour = line.colour or (colormaps["viridis"](i / len(lines)) if many else colours(len(lines))[i][0])
+        colour = line.colour or (colormaps["viridis"](i / len(lines)) if many else RUN_COLOURS[i % len(RUN_COLOURS)])
         data = _thinned(line.data)
         numbers = data.values
         marks = list(range(len(numbers))) if len(numbers) <= SHORT else _alone(numbers)
-        style = {"linestyle": line.style, "linewidth": 1.4, "color": colour}
+        dashes = line.style or STYLES[0 if many else i // len(RUN_COLOURS) % len(STYLES)]
+        style = {"linestyle": dashes, "linewidth": 1.4, "color": colour}
         if marks:
             style |= {"marker": "o", "markersize": 3, "markevery": marks}
         named = not many or i in (0, len(lines) // 2, len(lines) - 1)
         axes.plot(data.steps, numbers, label=plain(line.label) if named else "_", **style)
+
+
+def _on_a_scale(lines: Sequence[Line]) -> bool:
+    """Layers in their order are shown by a scale of colours, for which other names have no order."""
+    numbered = all(line.label.isdigit() for line in lines if line.colour is None)
+    return len(lines) > (LEGEND if numbered else NAMED)
 
 
 def _thinned(data: Series) -> Series:
@@ -166,6 +174,8 @@ def _alt(title: str, lines: Sequence[Line]) -> str:
 
 def _notes(lines: Sequence[Line]) -> list[str]:
     notes = []
+    if _on_a_scale([line for line in lines if line.data]):
+        notes.append("Colours from dark to light in the order of the lines; the legend names some.")
     if longest := max((n for line in lines if (n := len(line.data.values)) > 3 * STRETCHES), default=0):
         notes.append(f"Drawn: the smallest and the largest of every {longest // STRETCHES} values.")
     for line in lines:

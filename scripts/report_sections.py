@@ -115,7 +115,7 @@ def summary(runs: Sequence[Run]) -> Table:
             "trained by",
             lambda run: {True: "hf_muon.Muon", False: "another optimizer", None: "not recorded"}[run.is_muon],
         ),
-        ("steps", lambda run: f"{state(run, 'global_step')} of {state(run, 'max_steps')}"),
+        ("steps", lambda run: f"{state(run, 'global_step')} of {state(run, 'max_steps')}".removesuffix(" of -")),
         ("training loss", lambda run: last(run, "loss")),
         ("held-out loss", lambda run: last(run, "eval_loss")),
     ]

@@ -142,6 +142,17 @@ def test_layers_are_in_the_order_of_their_numbers(tmp_path):
     assert run.keys("attention/max_logit/") == [f"attention/max_logit/{i}" for i in range(12)]
 
 
+def test_every_kind_is_in_the_legend_and_many_layers_are_on_a_scale_of_colours(tmp_path):
+    kinds = [f"kind{i}" for i in range(11)]
+    page = make_page(tmp_path, make_run(tmp_path / "muon", full_log(20, kinds)))
+    words = list(page.svg("Weight RMS: Muon").itertext())
+    assert [word for word in words if word in kinds] == kinds
+    assert (
+        "Colours from dark to light" in page.html.partition("<figcaption>Largest logit: Muon")[2].partition("<img")[0]
+    )
+    assert page.html.count("Colours from dark to light") == 1
+
+
 def test_one_entry_is_one_point_and_what_is_missing_says_how_to_log_it(tmp_path):
     page = make_page(tmp_path, make_run(tmp_path / "run", [{"step": 5, "loss": 3.0}]))
     assert list(page.figures) == ["Training loss"] and page.alts["Training loss"] == "Training loss: run 3 at step 5."
