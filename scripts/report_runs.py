@@ -157,7 +157,7 @@ def _read_groups(folders: list[Path]) -> tuple[list[dict[str, Any]], Path | None
         try:
             # Tensors on the meta device: a state of many gigabytes is not read. What a pickle would run is refused.
             state = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-            groups = [dict(group) for group in state["param_groups"]]
+            groups = [_checked(group) for group in state["param_groups"]]
         except Exception as error:  # a damaged file may raise anything, and the report does without it
             return (
                 [],
@@ -168,6 +168,13 @@ def _read_groups(folders: list[Path]) -> tuple[list[dict[str, Any]], Path | None
     return [], None, ""
 
 
+def _checked(group: dict[str, Any]) -> dict[str, Any]:
+    names = group.get("param_names", [])
+    if group.get("algorithm", "muon") not in ("muon", "adamw") or not all(isinstance(name, str) for name in names):
+        raise ValueError("its groups are of no optimizer known here")
+    return {**group, "params": list(group["params"]), "param_names": list(names)}
+
+
 def settings(group: dict[str, Any]) -> dict[str, str]:
     """What one optimizer group was set to, without what is said per parameter."""
     hidden = {None: set(), "muon": {"betas", "eps"}, "adamw": {*_MUON_ONLY, "hidden_size"}}.get(
@@ -176,7 +183,7 @@ def settings(group: dict[str, Any]) -> dict[str, str]:
     shown = {"tensors": str(len(group.get("params", ())))}
     for key, value in group.items():
         if key not in _PER_PARAMETER | hidden and value is not None:
-            shown[str(key)] = f"{value:g}" if isinstance(value, float) else str(value)
+            shown[str(key)] = f"{value:g}" if isinstance(value, float) else str(value)[:100]
     return shown
 
 

@@ -79,7 +79,7 @@ def by_kind(
     for run in runs:
         names = run.keys(f"{key}/")
         lines[run.label] = [Line(name.removeprefix(f"{key}/"), run.series(name, x=x)) for name in names]
-        lines[run.label].append(Line("all", run.series(key, x=x), "black"))
+        lines[run.label].append(Line("all", run.series(key, x=x), "black", "-"))
     every = [line for members in lines.values() for line in members]
     for run in runs:
         options = {"ylabel": ylabel, "target": target(run), "beside": every, "scale": scale}
@@ -187,7 +187,7 @@ def logged(runs: Sequence[Run]) -> list[Section]:
 def _target(run: Run) -> tuple[float, str] | None:
     """What the optimizer was set to, if a checkpoint says so."""
     value = next((g.get("update_rms") for g in run.groups if g.get("algorithm") == "muon"), None)
-    return (value, f"set to {value:g}") if isinstance(value, float) else None
+    return (value, f"set to {value:g}") if isinstance(value, float) and 0 < value < 1e9 else None
 
 
 def _rates(section: Section, runs: Sequence[Run]) -> None:

@@ -360,6 +360,20 @@ def test_no_pickle_of_a_run_is_executed(tmp_path):
     assert (tmp_path / "touched").exists()  # it would have been seen
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        3, {}, {"param_groups": 3}, {"param_groups": [3]}, {"param_groups": [{"params": [], "algorithm": [1]}]},
+        {"param_groups": [{"params": 1}]}, {"param_groups": [{"params": [], "param_names": [[1]]}]},
+    ],
+)  # fmt: skip
+def test_an_optimizer_file_of_another_kind_is_named_and_left_out(tmp_path, state):
+    run = make_run(tmp_path / "run", log(20, loss=1.0))
+    torch.save(state, run / "optimizer.pt")
+    page = make_page(tmp_path, run)
+    assert "Optimizer settings" not in page.headings() and "optimizer.pt was not read: " in page.text
+
+
 def test_model_card_tables_are_shown(tmp_path):
     run = make_run(tmp_path / "run", log(20, loss=1.0))
     card = (
