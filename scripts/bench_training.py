@@ -2,8 +2,8 @@
 
     python scripts/bench_training.py [--rounds 15] [--json FILE]
 
-On paper: operations of Newton-Schulz beside those of forward and backward (6 per weight that a token passes, and token):
-a lower bound of the share of time, reached where both run at the same rate and elementwise work costs nothing beside them.
+On paper: operations of Newton-Schulz beside those of forward and backward (6 per weight that a token passes, and per
+token). It is the share of time where both run at one rate and elementwise work costs nothing beside them.
 Measured: the demo's Qwen2 on random tokens, forward, backward and step, the two optimizers in turns.
 """
 
@@ -24,6 +24,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import hf_muon
 from hf_muon.exchange.ownership import step_flops
 from hf_muon.integrations.models import on_meta
+from hf_muon.routing import route
 
 # Tokens of an optimizer step: Moonlight's stage 2 (4096 x 8K) and 1 (2048 x 8K), and its tulu-3 fine-tuning's scale.
 TOKENS = (2**25, 2**24, 2**19)
@@ -36,7 +37,7 @@ def on_paper(config: str) -> tuple[float, float]:
     experts = getattr(model.config, "n_routed_experts", None) or 1
     share = (getattr(model.config, "num_experts_per_tok", None) or 1) / experts
     operations = passed = 0.0
-    for found in hf_muon.route(model):
+    for found in route(model, hf_muon.MuonConfig()):
         if found.layout is not None:
             operations += sum(5 * n * step_flops(a, b) for n, a, b in found.layout.matrices())
         if found.kind != "embedding":  # a lookup; the head is a product

@@ -176,7 +176,7 @@ def test_hints_name_options_that_exist(tmp_path):
     text = make_page(tmp_path, make_run(tmp_path / "run", [{"step": 5, "loss": 3.0}])).text
     named = set(re.findall(r"--\w+", text))
     assert {"--spectra", "--spectra_steps", "--expert_bias_rate"} <= named
-    assert named - known <= {"--attention_logits_steps", "--output_rms_steps", "--detect_spikes"}
+    assert named - known == set()
 
 
 def moves(page, title):
