@@ -133,7 +133,7 @@ def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def build_tokenizer(texts: list[str], rows: list[dict[str, Any]]) -> Any:
+def build_tokenizer(texts: list[str], rows: list[dict[str, Any]], vocabulary: int = VOCABULARY) -> Any:
     """A byte-level BPE trained on the training split, with ChatML's special tokens and template.
 
     It is a ``Qwen2Tokenizer``, with that class's own way to cut text into words: ``AutoTokenizer`` loads this class for
@@ -147,7 +147,7 @@ def build_tokenizer(texts: list[str], rows: list[dict[str, Any]]) -> Any:
     core = Tokenizer(models.BPE())
     core.normalizer, core.pre_tokenizer, core.decoder = pattern.normalizer, pattern.pre_tokenizer, pattern.decoder
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[SEPARATOR, TURN_START, TURN_END],
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
