@@ -4,8 +4,9 @@
     python scripts/paper.py recipes/paper/scaling.yaml [--out results/paper-scaling] [--dry-run]
 
 A recipe names models (size, tokens, the grid of learning rates and batches) and arms (a recipe of scripts/pretrain.py
-and options). The first seed searches the grid, the best point is run with the other seeds. An arm with ``like``
-searches nothing: it takes the best point of another arm, as the paper gives Muon what was tuned for AdamW.
+and options). The first seed searches the grid, its two best points are run with the other seeds, and the lower mean is
+chosen. An arm with ``like`` searches nothing: it takes what was chosen for another arm, as the paper gives Muon what
+was tuned for AdamW.
 
 All cells run in this process, for starting Python would take longer than many of them. Stop and start again at will:
 finished cells are skipped, the one that was running starts anew. Models, arms, rates and seeds can be added later.
@@ -33,7 +34,9 @@ from cells import ROOT, provenance, read_results, write_result
 from paper_report import write_report
 
 BLOCK = 128  # tokens per sequence, as in recipes/paper/pretrain
+FINALISTS = 2
 VOCABULARY = ROOT / "data" / "offline" / "vocabulary-1024"
+REPORTS = ("arms", "scaling")
 Point = tuple[float, int]  # learning rate, sequences per step
 Results = dict[str, dict[str, Any] | None]  # by cell; None: it failed in this run
 
@@ -59,6 +62,8 @@ class Arm:
     recipe: str
     options: dict[str, Any] = field(default_factory=dict)
     like: str = ""
+    paper: dict[str, float] = field(default_factory=dict)
+    """The paper's figures for it, by column of the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +75,14 @@ class Experiment:
     models: dict[str, Model]
     arms: dict[str, Arm]
     options: dict[str, Any] = field(default_factory=dict)
+    reference: str = ""
+    """The arm that the others are compared with."""
 
     def __post_init__(self) -> None:
+        if self.report not in REPORTS:
+            raise ValueError(f"report must be one of {REPORTS}, got {self.report!r}")
+        if self.reference and self.reference not in self.arms:
+            raise ValueError(f"reference must be one of {list(self.arms)}, got {self.reference!r}")
         searching = {name for name, arm in self.arms.items() if not arm.like}
         if not self.seeds or not all(arm.like in searching for arm in self.arms.values() if arm.like):
             raise ValueError(f"needs seeds, and every 'like' among the arms that search: {sorted(searching)}")
@@ -131,26 +142,49 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def cells(experiment: Experiment, results: Results) -> Iterator[Cell]:
-    """What can run as far as the results tell: first what the choice of a point needs, then every seed of it."""
+    """What can run as far as the results tell: the grid with the first seed, the best of it with all, what reuses it."""
     first, *others = experiment.seeds
     for name, model in experiment.models.items():
         for arm, options in experiment.arms.items():
-            best = choose(experiment, name, options.like or arm, results)
-            points = [] if options.like else model.grid()
-            runs = [(point, first) for point in points]
-            runs += [(best, seed) for seed in (others if points else experiment.seeds) if best]
+            if options.like:
+                best = choose(experiment, name, options.like, results)
+                runs = [(best, seed) for seed in experiment.seeds if best]
+            else:
+                runs = [(point, first) for point in model.grid()]
+                runs += [(point, seed) for point in finalists(experiment, name, arm, results) for seed in others]
             yield from (Cell(name, arm, *point, seed) for point, seed in runs)
 
 
-def choose(experiment: Experiment, model: str, arm: str, results: Results) -> Point | None:
-    """The point of the grid with the lowest held-out loss of the first seed; None while the search is not done."""
+def finalists(experiment: Experiment, model: str, arm: str, results: Results) -> list[Point]:
+    """The best points of the first seed, none while that search is not done.
+
+    More than one: near its largest stable rate a run's loss depends on the seed, and one lucky seed would tune badly.
+    """
     grid = experiment.models[model].grid()
-    names = {point: Cell(model, arm, *point, experiment.seeds[0]).name for point in grid}
-    if len(grid) > 1 and not all(name in results for name in names.values()):
+    losses = {point: loss(Cell(model, arm, *point, experiment.seeds[0]), results) for point in grid}
+    if None in losses.values():
+        return []
+    return sorted(grid, key=lambda point: losses[point] or math.inf)[:FINALISTS]
+
+
+def choose(experiment: Experiment, model: str, arm: str, results: Results) -> Point | None:
+    """The finalist with the lowest mean loss over seeds; None while one of their runs is missing, or if all failed."""
+    means: dict[Point, float] = {}
+    for point in finalists(experiment, model, arm, results):
+        losses = [loss(Cell(model, arm, *point, seed), results) for seed in experiment.seeds]
+        if None in losses:
+            return None
+        means[point] = sum(value for value in losses if value is not None) / len(losses)
+    best = min(means, key=means.__getitem__, default=None)
+    return best if best and math.isfinite(means[best]) else None
+
+
+def loss(cell: Cell, results: Results) -> float | None:
+    """Held-out loss; None: not run yet; infinite: it failed or ended in NaN."""
+    if cell.name not in results:
         return None
-    losses = {point: row["eval_loss"] for point, name in names.items() if (row := results.get(name))}
-    finite = {point: loss for point, loss in losses.items() if math.isfinite(loss)}
-    return min(finite, key=finite.__getitem__) if finite else grid[0] if len(grid) == 1 else None
+    row = results[cell.name]
+    return row["eval_loss"] if row and math.isfinite(row["eval_loss"]) else math.inf
 
 
 def best_points(experiment: Experiment, results: Results) -> dict[str, Point | None]:

@@ -24,7 +24,11 @@ class WeightSizes(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        outer = {id(p) for module in (model.get_input_embeddings(), model.get_output_embeddings()) for p in module.parameters()}
+        outer = {
+            id(p)
+            for module in (model.get_input_embeddings(), model.get_output_embeddings())
+            for p in module.parameters()
+        }
         inner = {name: p for name, p in model.named_parameters() if id(p) not in outer}
         self.parameters = sum(p.numel() for p in inner.values())
         """Parameters besides embedding and head, the N of a scaling law."""
