@@ -1,4 +1,4 @@
-"""What every script that runs a grid of cells does alike: results that are whole or absent, and where they come from."""
+"""What the scripts that run a grid of cells do alike: results that are whole or absent, and where they come from."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def cells(experiment: Experiment, results: Results) -> Iterator[Cell]:
-    """What can run as far as the results tell: the grid with the first seed, the best of it with all, what reuses it."""
+    """What can run as far as the results tell: the grid with the first seed, its best with all, what reuses it."""
     first, *others = experiment.seeds
     for name, model in experiment.models.items():
         for arm, options in experiment.arms.items():

@@ -96,7 +96,7 @@ def fit(points: Sequence[tuple[float, float]], *, draws: int = 4000, seed: int =
 
 
 def flop_ratio(ours: PowerLaw, reference: PowerLaw, compute: float) -> float:
-    """Compute at which ``ours`` has the loss that ``reference`` has at ``compute``, over ``compute``; no range is asked."""
+    """Compute at which ``ours`` has the loss that ``reference`` has at ``compute``, over ``compute``; any range."""
     return ours.compute(reference.loss(compute)) / compute
 
 
@@ -112,9 +112,8 @@ def measured_ratio(ours: Fit, reference: Fit, compute: float) -> tuple[float, In
         ("this curve", ours.law, ours.law.compute(reference.law.loss(compute))),
     ):
         if not law.low * (1 - slack) <= value <= law.high * (1 + slack):
-            raise OutOfRange(
-                f"not reported: {name} was measured from {law.low:.3g} to {law.high:.3g}, not at {value:.3g}"
-            )
+            measured = f"{law.low:.3g} to {law.high:.3g}"
+            raise OutOfRange(f"not reported: {name} was measured from {measured}, not at {value:.3g}")
     ratios = [flop_ratio(a, b, compute) for a, b in zip(ours.draws, reference.draws, strict=True)]
     return flop_ratio(ours.law, reference.law, compute), interval(ratios)
 
@@ -127,10 +126,11 @@ def final_points(rows: Sequence[dict[str, Any]], *, unit: float) -> list[tuple[f
     """
     losses: dict[float, list[float]] = {}
     for row in rows:
-        if not row["steps"] == row["scheduled_steps"] == row["curve"][-1][0]:
+        measured = row["curve"][-1][0]
+        if not row["steps"] == row["scheduled_steps"] == measured:
             raise ValueError(
-                f"{row['model']}/{row['arm']} ended at step {row['steps']} (last held-out loss at {row['curve'][-1][0]}) "
-                f"of a schedule of {row['scheduled_steps']}: only complete schedules can be compared"
+                f"{row['model']}/{row['arm']} ended at step {row['steps']} (last held-out loss at {measured}) of a "
+                f"schedule of {row['scheduled_steps']}: only complete schedules can be compared"
             )
         losses.setdefault(6 * row["parameters"] * row["tokens"] / unit, []).append(row["eval_loss"])
     return [(compute, sum(values) / len(values)) for compute, values in sorted(losses.items())]

@@ -1,5 +1,7 @@
 """Fits recover known curves, intervals cover the truth as often as they say, and nothing is read off mid-run."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scaling
@@ -9,8 +11,8 @@ DAY = 8.64e19  # FLOPs in a PFLOP/s-day
 # The paper's Table 2: parameters besides embeddings, tokens.
 SIZES = [(399e6, 8.92e9), (545e6, 14.04e9), (822e6, 20.76e9), (1.1e9, 28.54e9), (1.5e9, 38.91e9)]
 PAPER = [6 * n * d / DAY for n, d in SIZES]
-# Held-out losses of two published runs of 5,100 steps, learning rate falling from step 3,650 on: KellerJordan/modded-
-# nanogpt (MIT licence) at f411b3d, records/track_1_short/2024-10-29_Optimizers, logs 95a9fd44 (Adam) and 8d6193f4 (Muon).
+# Held-out losses of two published runs of 5,100 steps, learning rate falling from step 3,650 on: KellerJordan/
+# modded-nanogpt (MIT) at f411b3d, records/track_1_short/2024-10-29_Optimizers, logs 95a9fd44 (Adam), 8d6193f4 (Muon).
 LOGS = {
     "adamw": {1000: 3.8430, 1500: 3.7029, 2000: 3.6210, 2500: 3.5688, 3000: 3.5345, 4000: 3.4490, 5100: 3.3406},
     "muon": {
@@ -34,7 +36,7 @@ def run(arm, loss, *, tokens=1e6, steps=100, reached=None, curve=None):
 def crossing(curve, loss):
     """Step at which a curve first has this loss, between its points."""
     steps = sorted(curve)
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         if curve[after] <= loss:
             return before + (curve[before] - loss) / (curve[before] - curve[after]) * (after - before)
     raise AssertionError("never")
