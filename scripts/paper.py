@@ -18,14 +18,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import math
 import shlex
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from paper_report import write_report
 
 BLOCK = 128  # tokens per sequence, as in recipes/paper/pretrain
 FINALISTS = 2
-VOCABULARY = ROOT / "data" / "offline" / "vocabulary-1024"
 REPORTS = ("arms", "scaling")
 Point = tuple[float, int]  # learning rate, sequences per step
 Results = dict[str, dict[str, Any] | None]  # by cell; None: it failed in this run
@@ -109,20 +107,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--out", type=Path, help="default: results/paper-NAME")
+    parser.add_argument("--models", nargs="+", help="run only these of the recipe now; the report has all that is done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of what can run now")
     arguments = parser.parse_args()
     out = (arguments.out or ROOT / "results" / f"paper-{arguments.recipe.stem}").resolve()
     experiment = read_experiment(arguments.recipe)
     results = finished(experiment, out)
-    todo = [cell for cell in cells(experiment, results) if cell.name not in results]
+    now = only(experiment, arguments.models)
+    todo = [cell for cell in cells(now, results) if cell.name not in results]
     print(f"{len(results)} cells done in {out}, {len(todo)} to run before the next choice", flush=True)
     if arguments.dry_run:
-        print(*(shlex.join(command(experiment, cell, out)) for cell in todo), sep="\n")
+        print(*(shlex.join(command(now, cell, out)) for cell in todo), sep="\n")
         return 0
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a second run must not write into the same cells
-        run_all(experiment, out, results)
+        run_all(now, out, results)
     rows = [row for cell in cells(experiment, results) if (row := results.get(cell.name))]
     if rows:
         chosen = best_points(experiment, results)
@@ -139,6 +139,14 @@ def read_experiment(path: Path) -> Experiment:
     raw["models"] = {name: Model(**model) for name, model in raw["models"].items()}
     raw["arms"] = {name: Arm(**arm) for name, arm in raw["arms"].items()}
     return Experiment(**raw)
+
+
+def only(experiment: Experiment, names: list[str] | None) -> Experiment:
+    """The experiment with these of its models; all if none are named."""
+    if unknown := set(names or ()) - experiment.models.keys():
+        raise SystemExit(f"the recipe has no models {sorted(unknown)}: {list(experiment.models)}")
+    models = {name: model for name, model in experiment.models.items() if not names or name in names}
+    return replace(experiment, models=models)
 
 
 def cells(experiment: Experiment, results: Results) -> Iterator[Cell]:
@@ -261,10 +269,11 @@ def run_cell(experiment: Experiment, cell: Cell, out: Path) -> dict[str, Any] | 
 def train(line: list[str]) -> dict[str, Any]:
     """One run of scripts/pretrain.py: losses, sizes of the weights, and whether the schedule was completed."""
     from lifecycle import train_and_report
+    from offline_data import small_vocabulary
     from pretrain import prepare
     from weights import WeightSizes
 
-    build_vocabulary()
+    small_vocabulary(ROOT / "data" / "offline")
     trainer = prepare(line)
     sizes = WeightSizes(trainer.model)
     trainer.add_callback(sizes)
@@ -279,16 +288,6 @@ def train(line: list[str]) -> dict[str, Any]:
         "curve": curve,
         "sizes": sizes.rows,
     }
-
-
-def build_vocabulary() -> None:
-    """A tokenizer of 1,024 tokens from the offline texts, once: with 4,096, tiny models would be embeddings."""
-    if (VOCABULARY / "tokenizer.json").is_file():
-        return
-    from offline_data import build_tokenizer
-
-    lines = (ROOT / "data/offline/pretrain/train.jsonl").read_text(encoding="utf-8").splitlines()
-    build_tokenizer([json.loads(line)["text"] for line in lines], [], vocabulary=1024).save_pretrained(VOCABULARY)
 
 
 if __name__ == "__main__":

@@ -194,12 +194,17 @@ def test_report_of_a_scaling_law_gives_the_ratio_of_known_curves_and_refuses_bey
 
 
 def test_dry_run_prints_what_would_run(monkeypatch, capsys, tmp_path):
-    recipe = str(ROOT / "recipes/paper/table1.yaml")
-    monkeypatch.setattr(sys, "argv", ["paper.py", recipe, "--out", str(tmp_path), "--dry-run"])
+    recipe = str(ROOT / "recipes/paper/scaling.yaml")
+    options = ["--out", str(tmp_path), "--models", "56k", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["paper.py", recipe, *options])
     assert paper.main() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "0 cells done" in lines[0] and len(lines) == 1 + 3
-    assert "--config" in shlex.split(lines[1])
+    first, *lines = capsys.readouterr().out.splitlines()
+    grid = paper.read_experiment(ROOT / "recipes/paper/scaling.yaml").models["56k"].grid()
+    assert "0 cells done" in first and len(lines) == len(grid)
+    assert "--config" in shlex.split(lines[0])
+    monkeypatch.setattr(sys, "argv", ["paper.py", recipe, "--models", "1T"])
+    with pytest.raises(SystemExit, match="no models"):
+        paper.main()
 
 
 def test_a_cell_trains_end_to_end_and_measures_what_a_report_needs(monkeypatch, tmp_path):
@@ -210,7 +215,6 @@ def test_a_cell_trains_end_to_end_and_measures_what_a_report_needs(monkeypatch, 
         (data / f"{split}.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": text * 2}) + "\n")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.setattr(paper, "ROOT", tmp_path)
-    monkeypatch.setattr(paper, "VOCABULARY", tmp_path / "data/offline/vocabulary-1024")
     experiment = paper.read_experiment(ROOT / "recipes/paper/figure2.yaml")
     model = experiment.models["25k"]
     experiment.models["25k"] = paper.Model(
