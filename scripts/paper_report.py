@@ -91,30 +91,41 @@ def measures(row: Row) -> dict[str, float]:
     }
 
 
+def run_arms(experiment: Experiment, rows: list[Row], chosen: Chosen) -> dict[tuple[str, str], str]:
+    """(model, arm) of what was run, and its name in a table: the model's only where there are several."""
+    pairs = [(m, a) for m in experiment.models for a in experiment.arms if of(rows, chosen, m, a)]
+    return {(m, a): a if len(experiment.models) == 1 else f"{m} {a}" for m, a in pairs}
+
+
 def arm_tables(experiment: Experiment, rows: list[Row], chosen: Chosen) -> tuple[list[str], dict[str, Any]]:
     """Every arm of every model: losses, sizes of the weights, and the difference to the reference."""
     lines, summary = [], {}
-    for model in experiment.models:
+    for (model, arm), name in run_arms(experiment, rows, chosen).items():
+        paper, runs = experiment.arms[arm].paper, of(rows, chosen, model, arm)
+        values = [measures(row) for row in runs.values()]
+        columns = {key: [value[key] for value in values] for key in values[0]}
+        summary[f"{model}/{arm}"] = {
+            key: {"mean": statistics.fmean(v), "sd": statistics.stdev(v) if len(v) > 1 else None, "n": len(v)}
+            for key, v in columns.items()
+        }
+        cells = [spread(columns[key]) if key in ("train", "val") else small(columns[key]) for key in columns]
         reference = of(rows, chosen, model, experiment.reference)
-        for arm, options in experiment.arms.items():
-            runs = of(rows, chosen, model, arm)
-            if not runs:
-                continue
-            columns = {
-                key: [measures(row)[key] for row in runs.values()] for key in measures(next(iter(runs.values())))
-            }
-            summary[f"{model}/{arm}"] = {
-                key: {"mean": statistics.fmean(v), "sd": statistics.stdev(v) if len(v) > 1 else None, "n": len(v)}
-                for key, v in columns.items()
-            }
-            cells = [spread(columns[key]) if key in ("train", "val") else small(columns[key]) for key in columns]
-            difference = paired(runs, reference) if arm != experiment.reference else []
-            cells += [f"{spread(difference, sign='+')}: {verdict(difference)}" if difference else "-"]
-            paper = " / ".join(f"{options.paper[key]:g}" if key in options.paper else "-" for key in list(columns)[:4])
-            lines.append([arm, *cells, paper if options.paper else "-"])
-    columns = ["train loss", "held-out loss", "query RMS", "MLP RMS", "all matrices", "times the start", "largest"]
-    columns += [f"held-out loss minus {experiment.reference}'s", "paper: train / val / query / MLP"]
-    return markdown(["arm", *columns], lines), {"summary": summary}
+        difference = paired(runs, reference) if arm != experiment.reference else []
+        cells.append(f"{spread(difference, sign='+')}: {verdict(difference)}" if difference else "-")
+        beside = " / ".join(f"{paper[key]:g}" if key in paper else "-" for key in list(columns)[:4])
+        lines.append([name, *cells, beside if paper else "-"])
+    header = [
+        "arm",
+        "train loss",
+        "held-out loss",
+        "query RMS",
+        "MLP RMS",
+        "all matrices",
+        "times the start",
+        "largest",
+    ]
+    header += [f"held-out loss minus {experiment.reference}'s", "paper: train / val / query / MLP"]
+    return markdown(header, lines), {"summary": summary}
 
 
 def small(values: list[float]) -> str:
@@ -126,20 +137,19 @@ def small(values: list[float]) -> str:
 def draw_arms(experiment: Experiment, rows: list[Row], chosen: Chosen, out: Path) -> None:
     """Final losses, losses on the way, and the growth of the weights, means over seeds."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
-    model = next(iter(experiment.models))
-    arms = [arm for arm in experiment.arms if of(rows, chosen, model, arm)]
-    for place, (arm, colour) in enumerate(zip(arms, COLOURS, strict=False)):
-        runs = list(of(rows, chosen, model, arm).values())
+    names = run_arms(experiment, rows, chosen)
+    for place, ((pair, name), colour) in enumerate(zip(names.items(), COLOURS, strict=False)):
+        runs = list(of(rows, chosen, *pair).values())
         values = [row["eval_loss"] for row in runs]
         sd = statistics.stdev(values) if len(values) > 1 else 0.0
         left.plot(values, [place] * len(values), "o", color=colour, alpha=0.4, markersize=4)
         left.errorbar(statistics.fmean(values), place, xerr=sd, fmt="D", color=colour, capsize=4, markersize=5)
-        style = {"color": colour, "label": arm, "linestyle": "--" if "no_decay" in arm else "-", "linewidth": 1.4}
+        style = {"color": colour, "label": name, "linestyle": "--" if "no_decay" in name else "-", "linewidth": 1.4}
         curves = np.mean([row["curve"] for row in runs], axis=0)[1:]  # before training all are alike
         middle.plot(curves[:, 0], curves[:, 1], **style)
         right.plot(*np.mean([[[s["step"], s["all"]] for s in row["sizes"]] for row in runs], axis=0).T, **style)
-    left.plot([], [], "D", color="0.3", markersize=5, label=f"mean ± sd, n={len(runs)}")
-    left.set_yticks(range(len(arms)), arms)
+    left.plot([], [], "D", color="0.3", markersize=5, label="mean ± sd")
+    left.set_yticks(range(len(names)), list(names.values()))
     left.invert_yaxis()
     finish(left, xlabel="held-out loss (nats per token)", ylabel="", title="At the end")
     finish(middle, xlabel="step", ylabel="held-out loss", title="On the way (mean)")

@@ -114,7 +114,8 @@ def measured_ratio(ours: Fit, reference: Fit, compute: float) -> tuple[float, In
         if not law.low * (1 - slack) <= value <= law.high * (1 + slack):
             measured = f"{law.low:.3g} to {law.high:.3g}"
             raise OutOfRange(f"not reported: {name} was measured from {measured}, not at {value:.3g}")
-    ratios = [flop_ratio(a, b, compute) for a, b in zip(ours.draws, reference.draws, strict=True)]
+    # Reversed: both fits may come from one seed, and with the same noise in both curves their errors would cancel.
+    ratios = [flop_ratio(a, b, compute) for a, b in zip(ours.draws, reversed(reference.draws), strict=True)]
     return flop_ratio(ours.law, reference.law, compute), interval(ratios)
 
 
