@@ -215,7 +215,7 @@ def test_a_cell_trains_end_to_end_and_measures_what_a_report_needs(monkeypatch, 
         (data / f"{split}.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": text * 2}) + "\n")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.setattr(paper, "ROOT", tmp_path)
-    experiment = paper.read_experiment(ROOT / "recipes/paper/figure2.yaml")
+    experiment = paper.read_experiment(ROOT / "recipes/paper/scaling.yaml")
     model = experiment.models["25k"]
     experiment.models["25k"] = paper.Model(
         config_overrides=model.config_overrides, tokens=4 * 2 * 128, learning_rates=[8e-3], batches=[2]
