@@ -16,8 +16,6 @@ import argparse
 import fcntl
 import json
 import math
-import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -25,14 +23,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 from ablate_report import write_report
+from cells import ROOT, provenance, write_result
+from cells import read_results as cells_done
 
-ROOT = Path(__file__).resolve().parent.parent
 Rate = float | str  # a text stands for a rate that a sweep has yet to choose
 Results = dict[str, dict[str, Any] | None]  # by cell; None: it failed in this run
 
@@ -121,7 +119,7 @@ def main() -> int:
     done = [row for cell in cells(ablation, out, results) if (row := results.get(cell.name))]
     if done:
         chosen = {group.name: choose(group, ablation, results) for group in groups(ablation)}
-        print(write_report(out, ablation, done, chosen, provenance(arguments.recipe)))
+        print(write_report(out, ablation, done, chosen, provenance(f"python scripts/ablate.py {arguments.recipe}")))
     for name in (name for name, result in results.items() if result is None):
         print(f"FAILED: {name}; see {out / name / 'log.txt'}; start again to retry", file=sys.stderr)
     if left := len(every) - len(done):
@@ -258,11 +256,7 @@ def run_cell(ablation: Ablation, cell: Cell, out: Path) -> dict[str, Any] | None
         **{"eval_loss_before": evaluations[0]["eval_loss"], "steps": evaluations[-1]["step"]},
         **{"seconds": round(time.perf_counter() - start, 1), "command": portable(line, out)},
     }
-    # Written last and at once: its presence means that the cell is done.
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result))
-    partial.replace(folder / "result.json")
-    return result
+    return write_result(folder, result)
 
 
 def read_results(ablation: Ablation, out: Path) -> Results:
@@ -271,8 +265,7 @@ def read_results(ablation: Ablation, out: Path) -> Results:
     Raises:
         SystemExit: a finished cell was run with other options than the recipe has now.
     """
-    files = out.glob("*/*/result.json")
-    results: Results = {str(file.parent.relative_to(out)): json.loads(file.read_text()) for file in files}
+    results: Results = cells_done(out)
     for cell in cells(ablation, out, results):
         result = results.get(cell.name)
         if result and result["command"] != portable(command(ablation, cell, out), out):
@@ -280,20 +273,6 @@ def read_results(ablation: Ablation, out: Path) -> Results:
                 f"{out / cell.name} was run as\n{result['command']}\nand the recipe has changed: use another --out"
             )
     return results
-
-
-def provenance(recipe: Path) -> dict[str, Any]:
-    """What somebody needs to repeat it."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
-    return {
-        "command": f"python scripts/ablate.py {recipe}",
-        "commit": git.stdout.strip() or "unknown",
-        "versions": {name: metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}",
-    }
 
 
 if __name__ == "__main__":

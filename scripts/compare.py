@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cells import ROOT, provenance, write_result
 from compare_report import write_report
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes" / "offline" / "pretrain"
 TOKENS_PER_STEP = 16 * 256  # the recipe's batch
 # Measured on one core of a server CPU; only the estimate before the first finished cell depends on it.
@@ -59,7 +59,8 @@ def main() -> int:
     failed = run_all(arguments, todo)
     results = [result for cell in cells if (result := read_result(arguments.out, cell)) is not None]
     if results:
-        print(write_report(arguments.out, results, provenance(arguments)))
+        command_line = f"python scripts/compare.py {' '.join(sys.argv[1:])}"
+        print(write_report(arguments.out, results, provenance(command_line, threads=arguments.threads)))
     for name in failed:
         print(
             f"FAILED: {name}; see {arguments.out / 'cells' / name / 'log.txt'}; start again to retry", file=sys.stderr
@@ -152,11 +153,7 @@ def run_cell(arguments: argparse.Namespace, cell: Cell) -> dict[str, Any] | None
         "eval_curve": [[row["step"], row["eval_loss"]] for row in losses],
         "train_curve": [[row["step"], row["loss"]] for row in history if "loss" in row],
     }
-    # Written last and at once: its presence means that the cell is done.
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result))
-    partial.replace(folder / "result.json")
-    return result
+    return write_result(folder, result)
 
 
 def read_result(out: Path, cell: Cell) -> dict[str, Any] | None:
@@ -172,24 +169,6 @@ def print_estimate(arguments: argparse.Namespace, todo: list[Cell]) -> None:
     minutes = sum(cell.steps for cell in todo) * rate / 60 / max(1, min(arguments.parallel, len(todo) or 1))
     basis = "measured here" if done else "a guess: one server core"
     print(f"{len(todo)} cells to run, about {minutes:.0f} min at {rate:.2f} s a step ({basis})", flush=True)
-
-
-def provenance(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What somebody needs to repeat it."""
-    import platform
-
-    import torch
-    import transformers
-
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "command": f"python scripts/compare.py {' '.join(sys.argv[1:])}".strip(),
-        "commit": git.stdout.strip() or "unknown",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {arguments.threads} thread(s) per cell",
-    }
 
 
 if __name__ == "__main__":

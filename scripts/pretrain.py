@@ -248,17 +248,17 @@ def make_trainer(
     return trainer
 
 
-def main() -> None:
-    """Parse, build, train."""
-    arguments, tokens, training_args = make_parser().parse_args_and_config()
+def prepare(line: list[str] | None = None) -> Trainer:
+    """A Trainer from the words of a command line, those of this process by default."""
+    arguments, tokens, training_args = make_parser().parse_args_and_config(line)
     progress_bars(training_args)
     source = arguments.tokenizer_name or arguments.weights() or arguments.config_name
     tokenizer = AutoTokenizer.from_pretrained(
         source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
     )
     model = build_model(arguments, training_args.seed)
-    train_and_report(make_trainer(arguments, tokens, training_args, model, tokenizer))
+    return make_trainer(arguments, tokens, training_args, model, tokenizer)
 
 
 if __name__ == "__main__":
-    main()
+    train_and_report(prepare())

@@ -1,0 +1,42 @@
+"""What the scripts that run a grid of cells do alike: results that are whole or absent, and where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Write ``result.json`` last and at once: its presence means that the cell is done."""
+    partial = folder / "result.json.partial"
+    partial.write_text(json.dumps(result), encoding="utf-8")
+    partial.replace(folder / "result.json")
+    return result
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    """Finished cells by their folder below ``out``."""
+    files = sorted(out.glob("*/*/result.json"))
+    return {str(file.parent.relative_to(out)): json.loads(file.read_text(encoding="utf-8")) for file in files}
+
+
+def provenance(command: str, *, threads: int | str | None = None) -> dict[str, Any]:
+    """What somebody needs to repeat it; ``threads`` of a cell, by default those of OMP_NUM_THREADS."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    git = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
+    threads = threads or os.environ.get("OMP_NUM_THREADS")
+    return {
+        "command": command.strip(),
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={threads}",
+    }
