@@ -16,6 +16,7 @@ from torch import Tensor
 from . import checks
 from .exchange.layout import span_on
 from .units import Unit
+from .update import is_half
 
 MARK, VERSION = "hf_muon_format", 1
 SHARED = {"muon": ("momentum_buffer", "compensation"), "adamw": ("exp_avg", "exp_avg_sq", "compensation")}
@@ -116,6 +117,8 @@ def spread(units: Iterable[Unit], state_dict: Mapping[str, Any], state: Any) -> 
         for i, name in enumerate(unit.names):
             if name in weights:
                 views[i].copy_(_part(weights[name], unit, i))
+                if "compensation" in found.get(name, {}) and not is_half(views[i]):  # float32 holds both
+                    views[i].add_(_part(found[name]["compensation"], unit, i))
         unit.storage.write_back(views)
 
 
@@ -131,7 +134,8 @@ def _spread_state(unit: Unit, found: Mapping[str, Mapping[str, Tensor]], state: 
             continue
         for key in SHARED[unit.group["algorithm"]]:
             dtype = next((values[key].dtype for values in saved if key in values), None)
-            if dtype is None:
+            if dtype is None or (key == "compensation" and not is_half(holder)):
+                state[holder].pop(key, None)
                 continue
             state[holder][key] = torch.zeros_like(holder, dtype=dtype, memory_format=torch.contiguous_format)
         if unit.group["algorithm"] == "adamw":

@@ -222,6 +222,8 @@ _ENGINE_REMEDY = (
 # What a parameter is follows from the model and today's options, never from a checkpoint.
 STRUCTURE = ("params", "param_names", "shapes", "matrices", "kinds", "hidden_size")
 _SCHEDULED = ("lr", "initial_lr")
+# Options that checkpoints of the first version do not have.
+NEWER = ("momentum_dtype", "kahan_sum")
 
 
 def warnings(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -98,7 +98,7 @@ class Muon(Optimizer):
             hidden_size=hidden_size,
             betas=tuple(betas),
             eps=eps,
-            momentum_dtype=str(momentum_dtype).removeprefix("torch."),
+            momentum_dtype=momentum_dtype,
             kahan_sum=kahan_sum,
         )
         self.telemetry = Telemetry()
@@ -117,6 +117,7 @@ class Muon(Optimizer):
         group = self.param_groups[-1]
         try:
             group["ns_dtype"] = checks.ns_dtype_name(group["ns_dtype"])
+            group["momentum_dtype"] = str(group["momentum_dtype"]).removeprefix("torch.")
             checks.check_hyperparameters(group)
             checks.check_parameters(group)
             if group["algorithm"] == "muon" and "matrices" not in group:
@@ -242,7 +243,10 @@ class Muon(Optimizer):
         update.adamw_(
             [storage.local(p) for p in params],
             [storage.local(grad) for grad in grads],
-            [{k: storage.local(v) for k, v in self.state[p].items()} for p in params],
+            [
+                {k: storage.local(v) for k, v in self.state[p].items() if k != "compensation" or update.is_half(p)}
+                for p in params
+            ],
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
@@ -261,6 +265,7 @@ class Muon(Optimizer):
             self.process_group, self.exchange_bytes = None, 2**27
             self._units, self._whole = {}, WeakValueDictionary()
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, bit for bit, or a consolidated state (on any engine and number of ranks).
 
@@ -289,17 +294,20 @@ class Muon(Optimizer):
             for group, other in zip(self.param_groups, saved, strict=True):
                 group.update({k: v for k, v in other.items() if k not in canonical.NOT_OPTIONS})
             return
-        present = [{k: group[k] for k in checks.STRUCTURE[1:] if k in group} for group in self.param_groups]
+        present = [  # and what the version that saved this did not know yet
+            {k: group[k] for k in group if k in checks.STRUCTURE[1:] or (k in checks.NEWER and k not in other)}
+            for group, other in zip(self.param_groups, saved, strict=True)
+        ]
         super().load_state_dict(state_dict)
         for group, structure in zip(self.param_groups, present, strict=True):
             group.update(structure)
-            for key in ("momentum_dtype", "kahan_sum"):  # not in what earlier versions saved
-                group.setdefault(key, self.defaults[key])
         # torch casts floating state to the parameter's dtype, which would round the float32 state of bfloat16 weights;
         # what was saved is put back as it was.
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                if value.shape == p.shape and value.dtype != p.dtype:
+                if key == "compensation" and not update.is_half(p):
+                    del self.state[p][key]
+                elif value.shape == p.shape and value.dtype != p.dtype:
                     self.state[p][key] = value.detach().to(device=p.device, copy=True)

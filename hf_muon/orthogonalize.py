@@ -15,12 +15,13 @@ from .coefficients import Coefficients, Triple, schedule
 # memory of orthogonalizing a stack of experts does not grow with their number.
 MAX_ELEMENTS = 2**26
 # The Gram form pays from this aspect ratio on: 12 m^2 n + 22 m^3 operations in five steps, not 20 m^2 n + 10 m^3.
-# On matrices below the size it saves nothing that is worth its rounding, which is up to twice that of plain iteration.
-# So is it after more steps than these of a schedule that does not converge.
+# On smaller matrices it saves nothing that is worth its rounding, which on Gaussian matrices is twice that of plain
+# iteration (0.02 for 0.01); and after more steps than these, a schedule that does not converge multiplies it.
 GRAM_ASPECT, GRAM_SIZE, GRAM_STEPS = 2.0, 256, 6
 # Rounding in the Gram matrix of small singular values grows by a^2 with every step that it is carried along; beyond
-# this, the form starts again from the matrix itself. In bf16, 20 (one step carried at a = 3.4445) keeps the error of
-# plain iteration on every spectrum tried; 150 (two) makes 10 steps of the same schedule overflow.
+# this, the form starts again from the matrix itself. In bf16, 20 (one step carried at a = 3.4445) stays within 1.6
+# times plain iteration's error on spectra that decay; 150 (two) makes 10 steps of the same schedule overflow. A
+# schedule with a steeper step (polar_express) would be carried nowhere, and is iterated plainly.
 GRAM_GROWTH = 20.0
 # On a CPU, batched bf16 products of matrices at least this large run at half the rate of single ones, and of smaller
 # ones at twice it.
@@ -77,7 +78,8 @@ def _iterate(stack: Tensor, triples: Sequence[Triple], dtype: torch.dtype) -> Te
     """The iteration on ``[n, A, B]``, on the side whose Gram matrix is the smaller."""
     half = dtype in (torch.bfloat16, torch.float16)
     small, large = sorted(stack.shape[-2:])
-    gram = half and small >= GRAM_SIZE and large >= GRAM_ASPECT * small and len(triples) <= GRAM_STEPS
+    gentle = len(triples) <= GRAM_STEPS and all(a * a <= GRAM_GROWTH for a, _, _ in triples[:-1])
+    gram = half and gentle and small >= GRAM_SIZE and large >= GRAM_ASPECT * small
     form = _gram_form if gram else _plain_form
     with torch.autocast(stack.device.type, enabled=False):
         if half and stack.device.type == "cpu" and small >= CPU_SINGLE:
@@ -143,7 +145,8 @@ def _unit_norm(X: Tensor, dims: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if bool(((norm > 1e-15) & (norm < 1e15)).all()):
             return work / norm.to(work.dtype) if dims else work / norm
     peak = torch.linalg.vector_norm(work, math.inf, **options)
-    power = torch.exp2(-torch.log2(peak.masked_fill(peak == 0, 1.0).float()).floor_().clamp_(-126, 126))
+    largest = 1022 if work.dtype == torch.float64 else 126
+    power = torch.exp2(-torch.log2(peak.masked_fill(peak == 0, 1.0).to(exact)).floor_().clamp_(-largest, largest))
     work = work * power.to(work.dtype)
     norm = torch.linalg.vector_norm(work, **options, dtype=exact)
     return work.div_(norm.masked_fill_(norm == 0, 1.0))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .config import NS_DTYPES
 from .units import Unit
+from .update import is_half
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -32,22 +33,26 @@ def momenta(state: State, unit: Unit) -> dict[int, Tensor]:
 
 def compensations(state: State, unit: Unit) -> list[Tensor | None]:
     """Per holder, what rounding has taken from its weights so far, or None; made where the option asks for it."""
-    for p in unit.storage.holders:
-        wanted = unit.group["kahan_sum"] and p.dtype in (torch.bfloat16, torch.float16) and p.grad is not None
-        if wanted and "compensation" not in state[p]:
+    holders = unit.storage.holders
+    for p in holders:
+        if unit.group["kahan_sum"] and is_half(p) and p.grad is not None and "compensation" not in state[p]:
             state[p]["compensation"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-    return [state[p].get("compensation") if p in state else None for p in unit.storage.holders]
+    return [state[p].get("compensation") if p in state and is_half(p) else None for p in holders]
 
 
 def adam(state: State, unit: Unit) -> list[Tensor]:
     """The holders that have a gradient, with AdamW's state made where it is missing."""
     params = [p for p in unit.storage.holders if p.grad is not None]
     for p in params:
-        if not state[p]:
+        dtype = torch.promote_types(p.dtype, torch.float32) if unit.group["kahan_sum"] else p.dtype
+        if "exp_avg" not in state[p]:
             state[p]["step"] = torch.zeros((), dtype=torch.float32)  # bfloat16 cannot count past 256
-            dtype = torch.promote_types(p.dtype, torch.float32) if unit.group["kahan_sum"] else p.dtype
             for key in ("exp_avg", "exp_avg_sq"):
                 state[p][key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        for key in ("exp_avg", "exp_avg_sq"):  # loaded ones may be of weights of another type, or lie otherwise
+            if state[p][key].dtype != dtype or state[p][key].stride() != p.stride():
+                loaded = state[p][key]
+                state[p][key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format).copy_(loaded)
         # A GPU's fused AdamW counts there; checkpoints of other engines have it on the CPU.
         state[p]["step"] = state[p]["step"].to(p.device)
     compensations(state, unit)

@@ -99,9 +99,14 @@ def apply_(param: Tensor, update: Tensor, lr: float, weight_decay: float, lost: 
             weight.mul_(1 - lr * weight_decay).add_(change, alpha=-lr)
 
 
+def is_half(p: Tensor) -> bool:
+    """Whether weights have no float32 of their own to add small updates to."""
+    return p.dtype in (torch.bfloat16, torch.float16)
+
+
 def whole(weight: Tensor, lost: Tensor) -> Tensor:
     """A half-precision weight and what rounding took from it, in float32."""
-    return weight.float().add_(lost)
+    return weight.to(torch.float32, copy=True).add_(lost)
 
 
 def split_(exact: Tensor, weight: Tensor, lost: Tensor) -> None:
@@ -122,24 +127,33 @@ def adamw_(
 ) -> None:
     """One AdamW step by torch's own fused implementation: bit-equal to ``AdamW(fused=True)``, the Trainer's default.
 
-    Where that takes no part (other devices than CPU and GPU, gradients of another type than their weights), it is the
-    single-tensor one, bit-equal to ``AdamW(foreach=False)``.
+    Where that cannot be (other devices than CPU and GPU; gradients of another type or with other strides than their
+    weights), it is the single-tensor one, bit-equal to ``AdamW(foreach=False)``.
     """
     hyper: dict[str, Any] = {"beta1": betas[0], "beta2": betas[1], "lr": lr, "weight_decay": weight_decay, "eps": eps}
-    plain = [i for i, state in enumerate(states) if "compensation" not in state]
-    _adamw([params[i] for i in plain], [grads[i] for i in plain], [states[i] for i in plain], hyper)
+    together: dict[bool, list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = {True: [], False: []}
     for p, grad, state in zip(params, grads, states, strict=True):
         if "compensation" in state:  # one by one: each needs a float32 copy
-            exact = whole(p, state["compensation"])
-            _adamw([exact], [grad.float()], [state], hyper)
+            exact, wide = whole(p, state["compensation"]), grad.float()
+            _adamw([(exact, wide, state)], hyper, fused=_fusable(exact, wide, state))
             split_(exact, p, state["compensation"])
+        else:
+            together[_fusable(p, grad, state)].append((p, grad, state))
+    for fused, members in together.items():
+        _adamw(members, hyper, fused=fused)
 
 
-def _adamw(params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hyper: dict[str, Any]) -> None:
-    fused = all(
-        p.device.type in ("cpu", "cuda") and g.dtype == p.dtype == s["exp_avg"].dtype == s["exp_avg_sq"].dtype
-        for p, g, s in zip(params, grads, states, strict=True)
-    )
+def _fusable(p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> bool:
+    """Whether torch's fused kernel, which walks memory and ignores strides, is right for a parameter."""
+    others = (grad, state["exp_avg"], state["exp_avg_sq"])
+    alike = all(t.dtype == p.dtype and t.stride() == p.stride() for t in others)
+    # What a copy has the same strides as lies in memory without gaps.
+    dense = p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+    return p.device.type in ("cpu", "cuda") and alike and dense
+
+
+def _adamw(members: list[tuple[Tensor, Tensor, dict[str, Tensor]]], hyper: dict[str, Any], *, fused: bool) -> None:
+    params, grads, states = [m[0] for m in members], [m[1] for m in members], [m[2] for m in members]
     adamw(
         params,
         grads,

@@ -115,3 +115,46 @@ def test_a_checkpoint_from_before_these_options_loads():
         del group["kahan_sum"], group["momentum_dtype"]
     optimizer.load_state_dict(saved)
     _train(params, optimizer, 1, start=1)
+
+
+@pytest.mark.parametrize("form", ["own", "canonical"])
+@pytest.mark.parametrize(("saved_as", "loaded_as"), [(BF16, torch.float32), (torch.float32, BF16)])
+@pytest.mark.parametrize("kahan", [False, True])
+def test_a_state_of_weights_of_another_type_trains_on(form, saved_as, loaded_as, kahan):
+    params, optimizer = _make(saved_as, 1e-3, kahan_sum=kahan)
+    _train(params, optimizer, 4)
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = [p.detach().clone() for p in params]
+    exact = [_whole(p, optimizer) for p in params]
+    if form == "canonical":
+        named = dict(zip(("weight", "bias"), weights, strict=True))
+        saved = canonical.make(saved["param_groups"], canonical.by_name(saved), named)
+    again, resumed = _make(loaded_as, 1e-3, kahan_sum=kahan)
+    with torch.no_grad():
+        for p, w in zip(again, weights, strict=True):
+            p.copy_(w)
+    resumed.load_state_dict(saved)
+    if form == "canonical" and loaded_as == torch.float32:
+        # What rounding had taken is in the float32 weights now.
+        assert all(torch.equal(p.detach(), e) for p, e in zip(again, exact, strict=True))
+    begin = [_whole(q, resumed) for q in again]
+    _train(params, optimizer, 4, start=4)
+    _train(again, resumed, 4, start=4)
+    for p, q, e, s in zip(params, again, exact, begin, strict=True):
+        assert ("compensation" in resumed.state[q]) == (kahan and loaded_as == BF16)
+        ours, theirs = _whole(q, resumed), _whole(p, optimizer)
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm(), "no more than bf16's own rounding"
+        if kahan:
+            assert ((ours - s) - (theirs - e)).norm() < 0.1 * (theirs - e).norm()
+
+
+def test_a_stale_compensation_does_not_survive_a_canonical_state_without_one():
+    params, optimizer = _make(BF16, 1e-3)
+    _train(params, optimizer, 2)
+    state = optimizer.state_dict()
+    named = {name: p.detach().clone() for name, p in zip(("weight", "bias"), params, strict=True)}
+    plain = canonical.make(state["param_groups"], canonical.by_name(state), named)
+    again, other = _make(BF16, 1e-3, kahan_sum=True)
+    _train(again, other, 2)
+    other.load_state_dict(plain)
+    assert all("compensation" not in other.state[p] for p in again)

@@ -1,5 +1,7 @@
 """Trajectories of Moonlight's own optimizer, and torch's, as references."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,3 +93,34 @@ def test_adamw_groups_are_bit_equal_to_torch_adamw(dtype):
         assert torch.equal(x, y)
         for key, value in b.state[y].items():
             assert torch.equal(a.state[x][key], value), key
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda: torch.arange(48.0).view(6, 8)[:, :5],  # gaps: a view of a larger tensor
+        lambda: torch.arange(30.0).view(5, 6).T,
+        lambda: torch.arange(120.0).view(2, 5, 3, 4).to(memory_format=torch.channels_last),
+    ],
+    ids=["gaps", "transposed", "channels_last"],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_adamw_of_weights_that_lie_otherwise_equals_contiguous_ones(layout, resumed):
+    base = layout()
+    around = base.untyped_storage()
+    outside = sum(torch.frombuffer(bytearray(around), dtype=torch.float32).tolist()) - base.sum().item()
+    odd, plain = (
+        torch.nn.Parameter(base),
+        torch.nn.Parameter(base.detach().clone(memory_format=torch.contiguous_format)),
+    )
+    a, b = (Muon([{"params": [("w", p)], "algorithm": "adamw"}], lr=0.1) for p in (odd, plain))
+    for step in range(4):
+        grad = torch.linspace(-1, 1, base.numel()).view(base.shape) * (step + 1)
+        odd.grad, plain.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+        if resumed and step == 1:
+            a.load_state_dict(copy.deepcopy(b.state_dict()))  # moments that lie as the other's weights do
+    assert torch.allclose(odd, plain, rtol=1e-6, atol=1e-6)
+    after = sum(torch.frombuffer(bytearray(around), dtype=torch.float32).tolist()) - base.sum().item()
+    assert after == pytest.approx(outside, abs=1e-3), "memory beside the weights was written to"

@@ -177,6 +177,9 @@ class QKClip:
             return
         if heads.query in self._hooks:
             heads.check(query, key, self._made)
+            visible_keys(
+                module, implementation, query, key, mask, options
+            )  # an unknown mask is an error now, not later
             for projection in (heads.query, heads.key):
                 self._hooks.pop(projection).remove()
                 self._made.pop(projection, None)

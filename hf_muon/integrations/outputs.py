@@ -53,8 +53,10 @@ class OutputRMSCallback(MeasuringCallback):
         if isinstance(output, Tensor) and in_training_forward(module):
             kind = self._kinds[module]
             # Over elements in float32, whatever the dtype: squares of bfloat16 are rounded, and float16's overflow.
-            square = torch.linalg.vector_norm(output.detach(), dtype=torch.float32).square()
-            self._squares[kind] = self._squares[kind] + square if kind in self._squares else square
+            wide = torch.promote_types(output.dtype, torch.float32)
+            square = torch.linalg.vector_norm(output.detach(), dtype=wide).float().square()
+            before = self._squares.get(kind)
+            self._squares[kind] = square if before is None else before.to(square.device) + square
             self._counts[kind] = self._counts.get(kind, 0) + output.numel()
 
     def summary(self, device: torch.device) -> dict[str, float]:

@@ -86,7 +86,7 @@ class SpectraCallback(TrainerCallback):
                 for matrix in matrices:
                     numbers = estimate(matrix.of(parameter))
                     for key in _NUMBERS:
-                        found[f"spectra/{key}/{matrix.group}"].append(getattr(numbers, key).double())
+                        found[f"spectra/{key}/{matrix.group}"].append(getattr(numbers, key).double().cpu())
         return {key: float(torch.stack(found[key]).mean()) for key in sorted(found)}
 
     def _parameter(self, name: str) -> Any:

@@ -153,8 +153,8 @@ class SpikeCallback(TrainerCallback):
                 self._group = storage.group
             for name, grad in zip(unit.names, storage.flat([p.grad for p in storage.holders]), strict=True):
                 if grad is not None:
-                    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-                    self._squares[name] = norm.square().to(storage.device)
+                    norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+                    self._squares[name] = norm.float().square().to(storage.device)
 
     def add_batch(self, inputs: Mapping[str, Any], loss: Tensor) -> None:
         """One micro-batch and its share of the step's loss."""
