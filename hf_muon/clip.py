@@ -11,13 +11,14 @@ head's logits are scaled by its own gamma and by nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .exchange.layout import span_on
 from .units import Unit
+from .update import split_, whole
 
 
 def gammas(largest: Tensor, threshold: float) -> Tensor:
@@ -46,12 +47,13 @@ def latent(gamma: Tensor, nope: int, rope: int, value: int) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def rescale_(unit: Unit, factors: Mapping[str, Tensor]) -> None:
+def rescale_(unit: Unit, factors: Mapping[str, Tensor], lost: Sequence[Tensor | None]) -> None:
     """Scale the rows of parameters of a unit, in whatever part of them is stored here.
 
     Args:
         unit: whose weights have just been updated.
         factors: by parameter name, one factor per row (per element of a vector); others are left alone.
+        lost: by parameter, what rounding has taken from its weights (``kahan_sum``): it is scaled with them.
     """
     weights = unit.weights()
     named = [(i, factors[name]) for i, name in enumerate(unit.names) if name in factors]
@@ -62,6 +64,10 @@ def rescale_(unit: Unit, factors: Mapping[str, Tensor]) -> None:
         width = unit.numels[i] // factor.numel()
         first, last = start // width, math.ceil(stop / width)
         each = factor[first:last].to(weights[i].device).repeat_interleave(width)
-        weights[i].mul_(each[start - first * width : stop - first * width])
+        each = each[start - first * width : stop - first * width]
+        if (rest := lost[i]) is None:
+            weights[i].mul_(each)
+        else:
+            split_(whole(weights[i], rest).mul_(each), weights[i], rest)
     if named:
         unit.storage.write_back(weights)

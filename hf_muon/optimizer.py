@@ -146,7 +146,8 @@ class Muon(Optimizer):
                 self._step_adamw(unit)
             else:
                 self._step_muon(unit, unit.exchange)
-            clip.rescale_(unit, factors)
+            if factors:
+                clip.rescale_(unit, factors, unit.storage.flat(state.compensations(self.state, unit)))
             self._share(unit)
         return loss
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
+from .update import blocks
+
 logger = logging.getLogger("hf_muon")
 
 
@@ -138,7 +140,9 @@ def _plus(pair: tuple[float, float] | None, square: float, count: float) -> tupl
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)).float()
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(part, dtype=wide) for (part,) in blocks(tensor)]
+    return (norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))).float()
 
 
 def _sum(scalars: Sequence[Tensor], device: torch.device) -> Tensor:

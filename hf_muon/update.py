@@ -20,7 +20,7 @@ from .config import SCALE_ALIASES
 _BLOCK = 2**18
 
 
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Aligned parts of 1-D tensors (others, and those on a GPU, come whole)."""
     first = tensors[0]
     if first.device.type != "cpu" or first.numel() <= _BLOCK or any(t.ndim != 1 for t in tensors):
@@ -33,7 +33,7 @@ def accumulate_(momentum_buffer: Tensor, grad: Tensor, momentum: float) -> None:
     if grad.dtype == momentum_buffer.dtype:
         torch.add(grad, momentum_buffer, alpha=momentum, out=momentum_buffer)
     else:
-        for m, g in _blocks(momentum_buffer, grad):  # summed in the wider type, rounded once
+        for m, g in blocks(momentum_buffer, grad):  # summed in the wider type, rounded once
             m.copy_(torch.add(g, m, alpha=momentum))
 
 
@@ -44,7 +44,7 @@ def direction(grad: Tensor, momentum_buffer: Tensor, momentum: float, nesterov: 
     if like.device != grad.device or grad.dtype == like.dtype == momentum_buffer.dtype:
         return torch.add(grad, momentum_buffer, alpha=momentum).to(like)
     out = torch.empty_like(grad, dtype=like.dtype)
-    for target, g, m in _blocks(out, grad, momentum_buffer):
+    for target, g, m in blocks(out, grad, momentum_buffer):
         target.copy_(torch.add(g, m, alpha=momentum))
     return out
 
@@ -88,11 +88,11 @@ def apply_(param: Tensor, update: Tensor, lr: float, weight_decay: float, lost: 
     ``lost`` is what that rounding has taken from it so far, and is added back first (Kahan, 1965).
     """
     if lost is not None:
-        for weight, change, rest in _blocks(param, update, lost):
+        for weight, change, rest in blocks(param, update, lost):
             exact = whole(weight, rest).mul_(1 - lr * weight_decay).add_(change, alpha=-lr)
             split_(exact, weight, rest)
         return
-    for weight, change in _blocks(param, update):
+    for weight, change in blocks(param, update):
         if weight.dtype in (torch.bfloat16, torch.float16):
             weight.copy_(weight.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr))
         else:

@@ -55,7 +55,8 @@ def read_history(run: Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is no ``trainer_state.json`` in the folder or its checkpoints.
     """
-    checkpoints = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name[11:]))
+    found = [file for file in run.glob("checkpoint-*/trainer_state.json") if file.parent.name[11:].isdigit()]
+    checkpoints = sorted(found, key=lambda file: int(file.parent.name[11:]))
     for file in (run / "trainer_state.json", *reversed(checkpoints)):
         if file.is_file():
             return json.loads(file.read_text())["log_history"]

@@ -94,8 +94,7 @@ def main() -> int:
         save(table, file)
         print(f"[{number}/{len(found)}] {key}: {len(rows)} matrices, {entry['seconds']} s", flush=True)
     about = {
-        **provenance(arguments.out),
-        "command": "python scripts/spectra.py " + " ".join(sys.argv[1:]),
+        **provenance("python scripts/spectra.py " + " ".join(sys.argv[1:])),
         "device": arguments.device,
     }
     print(write_report(table, arguments.out, compare=arguments.compare, about=about))

@@ -14,7 +14,7 @@ LEVELS = {
     "config": 1,
     "orthogonalize": 1,
     "update": 2,
-    "telemetry": 2,
+    "telemetry": 3,
     "roles": 2,
     "fused": 3,
     "layouts": 4,

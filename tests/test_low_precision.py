@@ -83,6 +83,19 @@ def test_a_resumed_run_with_both_options_is_bit_for_bit_the_uninterrupted_one(fo
         assert all(torch.equal(v, resumed.state[q][k]) for k, v in optimizer.state[p].items())
 
 
+def test_rows_that_are_clipped_scale_with_what_rounding_took_from_them():
+    wholes = {}
+    for factor in (1.0, 0.7):
+        params, optimizer = _make(BF16, 1e-3, kahan_sum=True)
+        factors = {"weight": torch.full((24,), factor), "bias": torch.full((16,), factor)}
+        optimizer.row_factors = lambda unit, factors=factors: {n: factors[n] for n in unit.names}
+        _train(params, optimizer, 1)
+        wholes[factor] = [_whole(p, optimizer) for p in params]
+    for kept, clipped in zip(wholes[1.0], wholes[0.7], strict=True):
+        # Two bfloat16 numbers hold 16 bits and more; without the rest, 8 bits would be left.
+        assert torch.allclose(clipped, 0.7 * kept, rtol=2**-15, atol=0)
+
+
 def test_kahan_sum_changes_nothing_for_float32_weights():
     runs = [_make(torch.float32, 1e-3, kahan_sum=kahan) for kahan in (False, True)]
     for params, optimizer in runs:

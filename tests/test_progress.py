@@ -18,7 +18,9 @@ from . import tiny
 
 @pytest.fixture
 def bars():
-    """Bars are the process's own state."""
+    """Bars are the process's own state, and recipes that other tests ran in it may have silenced them."""
+    datasets.enable_progress_bars()
+    logging.enable_progress_bar()
     yield
     datasets.enable_progress_bars()
     logging.enable_progress_bar()
