@@ -1,6 +1,7 @@
 """Time the optimizer step of Muon beside its peers, on the shapes of real models.
 
     python scripts/bench.py [WORKLOAD ...] [--device cuda] [--json FILE]
+    python scripts/bench.py demo --profile    # where our own step spends its time, by operation
 
 All contenders run in one process, interleaved and in a new order every round, so that a drifting machine drifts for all
 of them; ratios are taken within a round. Each is compared with float64 before it is timed. For a quiet figure leave the
@@ -116,6 +117,34 @@ def measure(name: str, workload: Workload, names: list[str], device: torch.devic
     return out
 
 
+def profile(workload: Workload, device: torch.device, steps: int = 50) -> str:
+    """Markdown: our step's milliseconds and calls by torch operation, without those it calls in turn; the ten longest.
+
+    The profiler itself takes a few microseconds per call, so that the sum is more than the step takes without it.
+    """
+    start, grads = tensors(workload, device)
+    ours = CONTENDERS["hf_muon"](workload, start, grads)
+    for _ in range(5):
+        ours.step()
+    seconds = sorted(timed(ours.step, device) for _ in range(steps))
+    with torch.profiler.profile() as recorded:
+        for _ in range(steps):
+            timed(ours.step, device)
+    attribute = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    rows = sorted(recorded.key_averages(), key=lambda row: -getattr(row, attribute))
+    total = sum(getattr(row, attribute) for row in rows)
+    lines = [
+        f"{1e3 * statistics.median(seconds):.2f} ms a step",
+        "",
+        "| operation | ms | calls |",
+        "| --- | --- | --- |",
+    ]
+    for row in rows[:10]:
+        lines.append(f"| {row.key} | {getattr(row, attribute) / 1e3 / steps:.2f} | {row.count / steps:.0f} |")
+        total -= getattr(row, attribute)
+    return "\n".join([*lines, f"| others | {total / 1e3 / steps:.2f} | |"])
+
+
 def _quartiles(values: list[float]) -> tuple[float, float]:
     cuts = statistics.quantiles(values, n=4, method="inclusive")
     return cuts[0], cuts[2]
@@ -155,6 +184,7 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="let DeepSpeed compile its kernels, as it does by itself"
     )
+    parser.add_argument("--profile", action="store_true", help="of our own step only, nothing is compared")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     unknown = sorted({*options.workloads} - {*WORKLOADS})
@@ -165,6 +195,10 @@ def main() -> None:
         print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
     torch._dynamo.config.disable = not options.compile  # minutes per shape on a CPU
     device = torch.device(options.device)
+    if options.profile:
+        for name in options.workloads:
+            print(f"{name}: {profile(WORKLOADS[name], device)}")
+        return
     names = list(dict.fromkeys(["hf_muon", *options.contenders]))
     results: dict[str, Any] = {
         "torch": torch.__version__,

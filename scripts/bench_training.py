@@ -1,9 +1,11 @@
 """What Muon adds to a training step over AdamW: on paper for full-size models, and measured on a small one.
 
-    python scripts/bench_training.py [--rounds 15] [--json FILE]
+    python scripts/bench_training.py [--rounds 15] [--bench FILE] [--json FILE]
 
 On paper: operations of Newton-Schulz beside those of forward and backward (6 per weight that a token passes, and per
-token). It is the share of time where both run at one rate and elementwise work costs nothing beside them.
+token). It is the share of time where both run at one rate and elementwise work costs nothing beside them. With the
+JSON of scripts/bench.py, also at its rates: the optimizer step at what it reached there on matrices of that model, all
+its elementwise work counted, and forward and backward at the whole rate of a product, which is less than they take.
 Measured: the demo's Qwen2 on random tokens, forward, backward and step, the two optimizers in turns.
 """
 
@@ -28,7 +30,11 @@ from hf_muon.routing import route
 
 # Tokens of an optimizer step: Moonlight's stage 2 (4096 x 8K) and 1 (2048 x 8K), and its tulu-3 fine-tuning's scale.
 TOKENS = (2**25, 2**24, 2**19)
-MODELS = {"Qwen2.5-7B": "recipes/qwen2.5-7b/config.json", "Moonlight-16B-A3B": "recipes/moonlight-16b-a3b/config.json"}
+# Each model's configuration, and its workload in bench.py.
+MODELS = {
+    "Qwen2.5-7B": ("recipes/qwen2.5-7b/config.json", "qwen2.5-7b"),
+    "Moonlight-16B-A3B": ("recipes/moonlight-16b-a3b/config.json", "moonlight-experts"),
+}
 
 
 def on_paper(config: str) -> tuple[float, float]:
@@ -43,6 +49,12 @@ def on_paper(config: str) -> tuple[float, float]:
         if found.kind != "embedding":  # a lookup; the head is a product
             passed += found.parameter.numel() * (share if ".experts." in found.name else 1.0)
     return operations, passed
+
+
+def rate(bench: dict[str, Any], workload: str) -> float:
+    """Operations of plain iteration per second of our whole optimizer step, as a share of a product's rate."""
+    steps = bench["workloads"][workload]["steps"]
+    return steps["torch"]["operations"] / steps["hf_muon"]["median"] / bench["matmul_rate"]
 
 
 def measured(rounds: int) -> dict[str, list[float]]:
@@ -76,17 +88,23 @@ def main() -> None:
     """Print both, as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--bench", type=Path, help="the JSON of scripts/bench.py on this machine")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    bench = json.loads(options.bench.read_text()) if options.bench else None
     out: dict[str, Any] = {"on_paper": {}}
-    print("| model | tokens a step | Newton-Schulz, operations | forward and backward | Newton-Schulz / those |")
-    print("| --- | --- | --- | --- | --- |")
-    for name, config in MODELS.items():
+    print("| model | tokens a step | Newton-Schulz, operations | forward and backward | share | at measured rates |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, (config, workload) in MODELS.items():
         operations, passed = on_paper(config)
+        reached = rate(bench, workload) if bench else None
         for tokens in TOKENS:
             training = 6 * passed * tokens
-            out["on_paper"][f"{name}, {tokens} tokens"] = {"newton_schulz": operations, "training": training}
-            cells = [name, f"{tokens:,}", f"{operations:.2e}", f"{training:.2e}", f"{operations / training:.2%}"]
+            share = operations / training
+            row = {"newton_schulz": operations, "training": training, "rate": reached}
+            out["on_paper"][f"{name}, {tokens} tokens"] = row
+            cells = [name, f"{tokens:,}", f"{operations:.2e}", f"{training:.2e}", f"{share:.2%}"]
+            cells.append(f"{share / reached:.2%}" if reached else "")
             print("| " + " | ".join(cells) + " |")
     seconds = out["seconds"] = measured(options.rounds)
     ratios = [a / b for a, b in zip(seconds["muon"], seconds["adamw"], strict=True)]

@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import bench
+import bench_training
 import bench_workloads
 from bench_contenders import CONTENDERS, Torch
 from bench_workloads import WORKLOADS, Workload, single, tensors
@@ -70,3 +71,23 @@ def test_a_run_counts_operations_and_writes_every_number(monkeypatch, tmp_path, 
     assert steps["hf_muon"]["operations"] == steps["torch"]["operations"] == by_hand
     assert steps["adamw"]["operations"] == 0 and len(steps["torch"]["seconds"]) == TINY.rounds
     assert "| tiny | torch |" in capsys.readouterr().out
+
+
+def test_operations_of_a_training_step_on_paper():
+    operations, passed = bench_training.on_paper(bench_training.MODELS["Qwen2.5-7B"][0])
+    # 28 layers: q and o, k and v, gate and up and down; (A, B), the smaller first; X X^T, its square, the product.
+    shapes = {(3584, 3584): 2, (512, 3584): 2, (3584, 18944): 3}
+    assert operations == 5 * 28 * sum(n * (4 * a * a * b + 2 * a**3) for (a, b), n in shapes.items())
+    matrices = 28 * sum(n * a * b for (a, b), n in shapes.items())
+    vectors = 28 * (2 * 3584 + 3584 + 2 * 512) + 3584
+    assert passed == matrices + vectors + 3584 * 152064
+
+
+def test_the_share_at_measured_rates_counts_plain_iteration():
+    steps = {"torch": {"operations": 100.0}, "hf_muon": {"median": 5.0, "operations": 80.0}}
+    assert bench_training.rate({"workloads": {"x": {"steps": steps}}, "matmul_rate": 40.0}, "x") == 0.5
+
+
+def test_a_profile_names_operations_and_calls(monkeypatch):
+    text = bench.profile(TINY, torch.device("cpu"), steps=3)
+    assert " ms a step" in text and text.count("\n| aten::") >= 5 and "\n| others | " in text
