@@ -57,10 +57,10 @@ class Report:
             parts.append(f"{name} {share:.1%} ({self.numel(algorithm):,} in {len(members):,} tensors{matrices})")
         return f"{total:,} trainable parameters: " + ", ".join(parts)
 
-    def table(self) -> str:
-        """Aligned text, one line per row."""
-        head = ("algorithm", "kind", "tensors", "parameters", "matrices", "reason", "for example")
-        lines = [head] + [
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's words, its head first."""
+        head: tuple[str, ...] = ("algorithm", "kind", "tensors", "parameters", "matrices", "reason", "for example")
+        return [head] + [
             (
                 r.algorithm,
                 r.kind,
@@ -72,7 +72,11 @@ class Report:
             )
             for r in self.rows
         ]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def table(self) -> str:
+        """Aligned text, one line per row."""
+        lines = self.cells()
+        widths = [max(len(word) for word in column) for column in zip(*lines, strict=True)]
         numbers = (2, 3, 4)
 
         def aligned(line: tuple[str, ...]) -> str:

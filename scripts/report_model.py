@@ -38,20 +38,7 @@ def model_sections(runs: Sequence[Run], engines: Sequence[str], ranks: Sequence[
             plans.notes.append(f"{run.label}: no plan: {reason}")
     for members, model, report in found.values():
         labels = ", ".join(run.label for run in members)
-        head = ["algorithm", "kind", "tensors", "parameters", "matrices", "reason", "for example"]
-        rows = [
-            [
-                r.algorithm,
-                r.kind,
-                f"{r.tensors:,}",
-                f"{r.numel:,}",
-                f"{r.matrices:,}" if r.matrices else "-",
-                r.reason,
-                r.example,
-            ]
-            for r in report.rows
-        ]
-        routing.tables.append(Table(labels, [head, *rows]))
+        routing.tables.append(Table(labels, [list(cells) for cells in report.cells()]))
         routing.notes += [report.summary(), *(_check_routing(run, report) for run in members)]
         groups = param_groups(model, MuonConfig())
         text = table([plan(groups, engine, n) for engine in engines for n in ranks])
