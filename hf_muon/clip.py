@@ -68,6 +68,9 @@ def rescale_(unit: Unit, factors: Mapping[str, Tensor], lost: Sequence[Tensor | 
         if (rest := lost[i]) is None:
             weights[i].mul_(each)
         else:
-            split_(whole(weights[i], rest).mul_(each), weights[i], rest)
+            scaled = each != 1  # the others keep their bits: rounding their whole again could turn a tie
+            part, left = weights[i][scaled], rest[scaled]
+            split_(whole(part, left).mul_(each[scaled]), part, left)
+            weights[i][scaled], rest[scaled] = part, left
     if named:
         unit.storage.write_back(weights)

@@ -15,7 +15,7 @@ Coefficients = str | Sequence[float] | Sequence[Sequence[float]]
 # Schedules whose single triple repeats for any number of steps.
 _REPEATED: dict[str, Triple] = {
     # Jordan et al., "Muon" (2024), maximal slope at zero; equation (2) of "Muon is Scalable for LLM Training"
-    # (arXiv 2502.16982). Does not converge: singular values end in about [0.68, 1.15].
+    # (arXiv 2502.16982). Does not converge: singular values end in about [0.68, 1.20].
     "moonlight": (3.4445, -4.7750, 2.0315),
     # The degree-5 Newton-Schulz (Pade) iteration, Higham, "Functions of Matrices" (2008), section 8.3. Converges to
     # exactly 1, slowly from small singular values: for reference work with many steps.

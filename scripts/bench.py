@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
-from bench_contenders import CONTENDERS, Contender
+from bench_contenders import ALL, CONTENDERS, Contender
 from bench_workloads import WORKLOADS, Workload, single, tensors
 from comm_meter import Meter
 from torch import Tensor
@@ -32,7 +31,6 @@ from tqdm.auto import tqdm
 
 from hf_muon.coefficients import schedule
 
-PEERS = ("torch", "deepspeed", "deepspeed-gram", "adamw")
 BAND = 0.06  # of bf16 Newton-Schulz around float64, on Gaussian gradients
 
 
@@ -66,18 +64,18 @@ def error(contender: Contender, workload: Workload, start: list[Tensor], grads: 
     shapes = {m.shape: i for i, m in enumerate(before)}
     smallest = min(m.numel() for m in before)
     for i in [i for shape, i in shapes.items() if shape.numel() <= max(smallest, 2**23)]:
-        want = exact(gradients[i]).flatten()
+        want = exact(gradients[i], contender.coefficients).flatten()
         got = (before[i] * contender.decay - after[i]).double().flatten()
         got = got * (want @ got / (got @ got))  # scales differ between peers
         worst = max(worst, float((got - want).norm() / want.norm()))
     return worst
 
 
-def exact(matrix: Tensor) -> Tensor:
-    """Five steps of the paper's schedule on singular values in float64."""
+def exact(matrix: Tensor, coefficients: str = "moonlight") -> Tensor:
+    """Five steps of a schedule on singular values in float64."""
     u, s, v = torch.linalg.svd(matrix.double().cpu(), full_matrices=False)
     s = s / s.norm()
-    for a, b, c in schedule("moonlight", 5):
+    for a, b, c in schedule(coefficients, 5):
         s = a * s + b * s**3 + c * s**5
     return (u * s @ v).to(matrix.device)
 
@@ -179,7 +177,9 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS), help=", ".join(WORKLOADS))
-    parser.add_argument("--contenders", nargs="*", default=["hf_muon", *PEERS], help="default: all that are installed")
+    parser.add_argument(
+        "--contenders", nargs="*", default=list(ALL), help=f"default: all installed of {', '.join(ALL)}"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--compile", action="store_true", help="let DeepSpeed compile its kernels, as it does by itself"
@@ -190,10 +190,16 @@ def main() -> None:
     unknown = sorted({*options.workloads} - {*WORKLOADS})
     if unknown:
         parser.error(f"unknown workloads {unknown}; there are {', '.join(WORKLOADS)}")
+    unknown = sorted({*options.contenders} - {*ALL})
+    if unknown:
+        parser.error(f"unknown contenders {unknown}; there are {', '.join(ALL)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch {torch.__version__} sees no GPU here")
     missing = sorted({"hf_muon", *options.contenders} - {*CONTENDERS})
     if missing:
         print(f"not installed, left out: {', '.join(missing)}", file=sys.stderr)
-    torch._dynamo.config.disable = not options.compile  # minutes per shape on a CPU
+    if not options.compile:  # minutes per shape on a CPU
+        torch.compiler.set_stance("force_eager")
     device = torch.device(options.device)
     if options.profile:
         for name in options.workloads:

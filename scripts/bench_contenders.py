@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import hf_muon
+from hf_muon.coefficients import schedule
 
 LR, DECAY = 1e-3, 0.1
 
@@ -20,6 +22,8 @@ class Contender:
 
     decay = 1 - LR * DECAY
     """What the first step multiplies weights by."""
+    coefficients = "moonlight"
+    """Of its five Newton-Schulz steps, by our name."""
 
     def __init__(self, workload: Workload, weights: list[Tensor], grads: list[Tensor]) -> None:
         self.workload, self.weights, self.grads = workload, weights, grads
@@ -68,10 +72,52 @@ class Ours(Contender):
 class Torch(Contender):
     """torch.optim.Muon with RMS matching, and torch.optim.AdamW, both as they come."""
 
+    fused: bool | None = None
+
     def build(self) -> None:  # noqa: D102
-        options = {"lr": LR, "weight_decay": DECAY}
-        self.optimizers = [torch.optim.Muon(self.matrices(), adjust_lr_fn="match_rms_adamw", **options)]
-        self.optimizers += [torch.optim.AdamW(self.others, **options)] if self.others else []
+        self.optimizers = [self.muon(self.matrices(), lr=LR, weight_decay=DECAY)]
+        if self.others:
+            self.optimizers.append(torch.optim.AdamW(self.others, lr=LR, weight_decay=DECAY, fused=self.fused))
+
+    def muon(self, matrices: list[Parameter], **options: float) -> torch.optim.Optimizer:
+        """The optimizer of the matrices."""
+        return torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+
+
+class TorchFused(Torch):
+    """The same with the fused AdamW, which has to be asked for; the Trainer does."""
+
+    fused = True
+
+
+class Dion(TorchFused):
+    """The Muon of the dion package, with the coefficients that it has in PyTorch, and torch's fused AdamW."""
+
+    coefficients = "you"
+
+    def muon(self, matrices: list[Parameter], **options: float) -> torch.optim.Optimizer:  # noqa: D102
+        from dion import Muon
+
+        return Muon(matrices, mu=0.95, nesterov=True, adjust_lr="rms_norm", use_polar_express=False, **options)
+
+
+class GramNewtonSchulz(TorchFused):
+    """The Muon of the gram-newton-schulz package, with the paper's schedule, and torch's fused AdamW."""
+
+    def muon(self, matrices: list[Parameter], **options: float) -> torch.optim.Optimizer:  # noqa: D102
+        from gram_newton_schulz import Muon
+
+        triples = [list(triple) for triple in schedule("moonlight", 5)]
+        return Muon(matrices, ns_coefficients=triples, ns_use_kernels=torch.cuda.is_available(), **options)
+
+
+class EmergingOptimizers(TorchFused):
+    """The Muon of the emerging-optimizers package, with the paper's schedule, and torch's fused AdamW."""
+
+    def muon(self, matrices: list[Parameter], **options: float) -> torch.optim.Optimizer:  # noqa: D102
+        from emerging_optimizers.orthogonalized_optimizers import Muon
+
+        return Muon(matrices, nesterov=True, coefficient_type="quintic", extra_scale_factor=0.2, **options)
 
 
 class AdamW(Contender):
@@ -114,10 +160,16 @@ class DeepSpeedGram(DeepSpeed):
     method = "gram"
 
 
-CONTENDERS: dict[str, Callable[..., Contender]] = {"hf_muon": Ours, "torch": Torch, "adamw": AdamW}
-try:
-    from deepspeed.runtime.zero.muon.original_muon import muon_update  # noqa: F401
-except ImportError:
-    pass
-else:
-    CONTENDERS |= {"deepspeed": DeepSpeed, "deepspeed-gram": DeepSpeedGram}
+# By name, and what must be installed.
+ALL: dict[str, tuple[Callable[..., Contender], str]] = {
+    "hf_muon": (Ours, "torch"),
+    "torch": (Torch, "torch"),
+    "torch-fused": (TorchFused, "torch"),
+    "deepspeed": (DeepSpeed, "deepspeed"),
+    "deepspeed-gram": (DeepSpeedGram, "deepspeed"),
+    "dion": (Dion, "dion"),
+    "emerging-optimizers": (EmergingOptimizers, "emerging_optimizers"),
+    "gram-newton-schulz": (GramNewtonSchulz, "gram_newton_schulz"),
+    "adamw": (AdamW, "torch"),
+}
+CONTENDERS = {name: make for name, (make, module) in ALL.items() if importlib.util.find_spec(module) is not None}

@@ -92,6 +92,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     bench = json.loads(options.bench.read_text()) if options.bench else None
+    measured_there = {w: {*work["steps"]} for w, work in bench["workloads"].items()} if bench else {}
+    lacking = [w for _, w in MODELS.values() if bench and not {"hf_muon", "torch"} <= measured_there.get(w, set())]
+    if lacking:
+        parser.error(
+            f"{options.bench} has no hf_muon and torch on {', '.join(lacking)}: run scripts/bench.py with them"
+        )
     out: dict[str, Any] = {"on_paper": {}}
     print("| model | tokens a step | Newton-Schulz, operations | forward and backward | share | at measured rates |")
     print("| --- | --- | --- | --- | --- | --- |")

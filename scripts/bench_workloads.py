@@ -56,7 +56,7 @@ WORKLOADS = {
         **_llama(896, 128, 4864, 4, 151936 * 4 // 24),
     ),
     "qwen2.5-7b": Workload(
-        note="1 of 28 layers of Qwen2.5-7B, without embeddings", **_llama(3584, 512, 18944, 1, 0), rounds=5
+        note="1 of 28 layers of Qwen2.5-7B, without embeddings", **_llama(3584, 512, 18944, 1, 0), rounds=3
     ),
     "moonlight-experts": Workload(note="4 of the 64 experts of a layer of Moonlight", matrices=_experts(4, 2048, 1408)),
     "small-experts": Workload(note="64 experts of 64 x 64, fused", matrices=_experts(64, 64, 64), rounds=40),

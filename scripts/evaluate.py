@@ -15,6 +15,7 @@ Needs ``pip install ".[eval]"``; one process, on several GPUs with ``--model_arg
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -36,6 +37,8 @@ TASKS = Path(__file__).resolve().parent.parent / "recipes" / "evaluation"
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate; 1 if a benchmark failed."""
     options = make_parser().parse_args(argv)
+    if importlib.util.find_spec("lm_eval") is None:
+        sys.exit('evaluate: lm-evaluation-harness is not installed: pip install ".[eval]"')
     benchmarks = choose(options.suite)
     if options.data_dir:  # before anything of HuggingFace is imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")

@@ -7,6 +7,7 @@ unless ``--temperature`` is given. Folders of LoRA adapters are read with the ba
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,4 +125,7 @@ def generate(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"generate: {error}")

@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from ablate import provenance
+from cells import provenance
 from huggingface_hub import snapshot_download
 from plot import default_label
 from spectra_report import write_report
@@ -156,7 +156,10 @@ def local_folder(source: str) -> str:
     assert parts is not None
     folder = parts["folder"] or ""
     patterns = [f"{folder}/{name}".lstrip("/") for name in ("*.json", "model*.safetensors")]
-    return str(Path(snapshot_download(parts["repo"], revision=parts["revision"], allow_patterns=patterns)) / folder)
+    try:
+        return str(Path(snapshot_download(parts["repo"], revision=parts["revision"], allow_patterns=patterns)) / folder)
+    except OSError as error:
+        raise OSError(f"{source} is no folder here, and cannot be fetched as a hub repository: {error}") from error
 
 
 def measure(

@@ -88,6 +88,6 @@ def test_the_share_at_measured_rates_counts_plain_iteration():
     assert bench_training.rate({"workloads": {"x": {"steps": steps}}, "matmul_rate": 40.0}, "x") == 0.5
 
 
-def test_a_profile_names_operations_and_calls(monkeypatch):
+def test_a_profile_names_operations_and_calls():
     text = bench.profile(TINY, torch.device("cpu"), steps=3)
     assert " ms a step" in text and text.count("\n| aten::") >= 5 and "\n| others | " in text

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_muon import Muon, canonical
+from hf_muon import Muon, canonical, clip
 
 BF16 = torch.bfloat16
 
@@ -84,16 +84,34 @@ def test_a_resumed_run_with_both_options_is_bit_for_bit_the_uninterrupted_one(fo
 
 
 def test_rows_that_are_clipped_scale_with_what_rounding_took_from_them():
-    wholes = {}
+    wholes, weights = {}, {}
     for factor in (1.0, 0.7):
         params, optimizer = _make(BF16, 1e-3, kahan_sum=True)
         factors = {"weight": torch.full((24,), factor), "bias": torch.full((16,), factor)}
+        factors["weight"][::2] = 1.0
         optimizer.row_factors = lambda unit, factors=factors: {n: factors[n] for n in unit.names}
         _train(params, optimizer, 1)
         wholes[factor] = [_whole(p, optimizer) for p in params]
-    for kept, clipped in zip(wholes[1.0], wholes[0.7], strict=True):
-        # Two bfloat16 numbers hold 16 bits and more; without the rest, 8 bits would be left.
+        weights[factor] = params[0].detach().clone()
+    # Two bfloat16 numbers hold 16 bits and more; without the rest, 8 bits would be left.
+    for kept, clipped in ((wholes[1.0][0][1::2], wholes[0.7][0][1::2]), (wholes[1.0][1], wholes[0.7][1])):
         assert torch.allclose(clipped, 0.7 * kept, rtol=2**-15, atol=0)
+    assert torch.equal(weights[0.7][::2], weights[1.0][::2]), "rows that are not clipped keep their bits"
+
+
+def test_a_row_that_is_not_clipped_keeps_its_bits_even_where_its_rest_is_half_a_unit():
+    params, optimizer = _make(BF16, 1e-3, kahan_sum=True)
+    _train(params, optimizer, 1)
+    weight, rest = params[0], optimizer.state[params[0]]["compensation"]
+    with torch.no_grad():
+        weight.fill_(1 + 2**-7)  # an odd last bit: rounding the sum would go to the even neighbour
+        rest.fill_(2**-8)
+    factor = torch.ones(24)
+    factor[0] = 0.5
+    unit = optimizer._unit(optimizer.param_groups[0])
+    clip.rescale_(unit, {"weight": factor}, [rest.view(-1)])
+    assert (weight[1:] == 1 + 2**-7).all() and (rest[1:] == 2**-8).all()
+    assert torch.allclose(weight[0].float() + rest[0].float(), torch.tensor(0.5 * (1 + 2**-7 + 2**-8)), rtol=2**-15)
 
 
 def test_kahan_sum_changes_nothing_for_float32_weights():

@@ -55,6 +55,29 @@ def _by_hand(p, grads, matrices, lr=1e-2, decay=0.1, mu=0.95):
     return w
 
 
+def test_update_rms_is_that_of_all_elements_of_a_large_matrix():
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(520, 1040))  # more than a block; momentum and weights start at zero
+    weight.grad = torch.randn(520, 1040)
+    weight.grad[:100] *= 1e-3  # rows at the beginning and at the end move unequally
+    optimizer = Muon([weight], lr=1.0, weight_decay=0.0)
+    optimizer.step()
+    rms = weight.detach().square().mean().sqrt().item()
+    assert optimizer.metrics()["muon/update_rms"] == pytest.approx(rms, rel=1e-4)
+    assert weight[:100].square().mean() < 0.9 * weight.square().mean()
+
+
+def test_one_process_on_a_cpu_takes_small_turns_and_no_larger_than_asked():
+    weights = [torch.nn.Parameter(torch.zeros(1024, 512)) for _ in range(9)]
+    for weight in weights:
+        weight.grad = torch.ones(1024, 512)
+    for size, turns in ((2**27, 3), (2**20, 9), (2**21, 5)):  # bytes in bfloat16; a matrix has 2^20
+        optimizer = Muon(weights, lr=0.1, exchange_bytes=size)
+        optimizer.step()
+        unit = optimizer._unit(optimizer.param_groups[0])
+        assert len(unit.exchange.turns(range(9))) == turns
+
+
 def test_every_logical_matrix_is_updated_by_the_papers_rule_on_its_own():
     params, optimizer = _mixed(ns_dtype="float32")
     start = [p.detach().clone() for p in params]

@@ -44,8 +44,8 @@ def test_bf16_is_within_the_rounding_band_of_fp64(shape):
     assert np.linalg.norm(got - want) / np.linalg.norm(want) < 5e-2
 
 
-# From GRAM_SIZE and GRAM_ASPECT on, in bf16, the Gram form; below them, one matrix at a time (on a CPU).
-LARGE = [(256, 256), (256, 512), (512, 256), (300, 700), (256, 1024), (1100, 260)]
+# The thin form; from GRAM_SIZE and GRAM_ASPECT on, in bf16, the Gram form; below them, one matrix at a time (on a CPU).
+LARGE = [(16, 2048), (512, 64), (256, 256), (256, 512), (512, 256), (300, 700), (256, 1024), (1100, 260)]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("moonlight", 5), ("polar_express", 5), ("you", 5), ("taylor", 5)])
@@ -84,7 +84,33 @@ def test_gram_form_is_as_near_to_fp64_as_plain_iteration_on_spectra_that_decay(n
     assert taken == (name != "polar_express"), "whose first step is too steep for the Gram form"
 
 
-@pytest.mark.parametrize("shape", [(8, 24), (256, 300), (256, 600)])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("moonlight", 5), ("moonlight", 12), ("polar_express", 8), ("you", 5), ("taylor", 9)]
+)
+def test_thin_form_is_nearer_to_fp64_than_plain_iteration(name, steps, dtype, precision, monkeypatch):
+    torch.manual_seed(0)
+    U, _, V = torch.linalg.svd(torch.randn(48, 640), full_matrices=False)
+    exactly_low = ("rank 4", (torch.arange(48) < 4).float())
+    default = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        for kind, s in [*_spectra(48), exactly_low]:
+            G = (U * s @ V).to(dtype)
+            want = newton_schulz_fp64(G.float(), schedule(name, steps))
+            errors = {}
+            for size in (module.THIN_SIZE, 0):
+                monkeypatch.setattr(module, "THIN_SIZE", size)
+                got = newton_schulz(G, coefficients=name, steps=steps, dtype=dtype).double().numpy()
+                errors[size] = np.linalg.norm(got - want) / np.linalg.norm(want)
+            monkeypatch.undo()
+            assert errors[module.THIN_SIZE] < min(errors[0], 5e-3), (kind, errors)
+    finally:
+        torch.set_float32_matmul_precision(default)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (16, 256), (256, 300), (256, 600)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scale_multiplies_the_result(shape, dtype):
     torch.manual_seed(0)
@@ -116,7 +142,7 @@ def test_nan_stays_in_its_own_matrix():
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-7, 1.0, 1e7, 1e30, 1e38])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(24, 40), (256, 260)])
+@pytest.mark.parametrize("shape", [(24, 40), (16, 256), (256, 260)])
 def test_scale_of_the_gradient_does_not_matter(shape, scale, dtype):
     torch.manual_seed(0)
     G = torch.rand(shape) + 0.1 * torch.randn(shape).clamp(-1, 1)

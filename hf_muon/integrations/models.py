@@ -29,7 +29,12 @@ def on_meta(source: str, architecture: str | None = None, *, trust_remote_code: 
     is_path = source.endswith(".json") or source.startswith((".", os.sep))
     if is_path and not os.path.exists(source):
         raise OSError(f"no such config file or directory: {source}")
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if os.path.exists(source):
+            raise
+        raise OSError(f"{source} is no folder here, and as a hub name it cannot be read: {error}") from error
     name = architecture or next(iter(getattr(config, "architectures", None) or []), None)
     # A remote checkpoint may name a class that only its own code defines; transformers' native one serves then.
     cls: Any = getattr(transformers, name, None) if name else None
