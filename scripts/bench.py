@@ -211,8 +211,14 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "matmul_rate": matmul_rate(device),
-        "workloads": {name: measure(name, WORKLOADS[name], names, device) for name in options.workloads},
+        "workloads": {},
     }
+    for name in options.workloads:
+        results["workloads"][name] = measure(name, WORKLOADS[name], names, device)
+        if options.json:  # after each: the next may take more memory than there is
+            partial = options.json.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1) + "\n")
+            partial.replace(options.json)
     print(table(results))
     for name, work in results["workloads"].items():
         print(f"{name}: {work['note']}; {work['rounds']} rounds")
@@ -221,8 +227,6 @@ def main() -> None:
     print(
         f"torch {results['torch']}, {results['device']}, {results['threads']} threads, bf16 matmul {rate:.2f} TFLOP/s"
     )
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
