@@ -164,9 +164,11 @@ class Muon(Optimizer):
 
         def directions(turn: Turn) -> list[Tensor]:
             # Rounded once, here, to what Newton-Schulz computes in: a slice that travels is the same as one that stays.
-            return [
-                update.direction(grads[i][a:b], momenta[i][a:b], mu, group["nesterov"], wire) for i, a, b in turn.slices
+            runs = [
+                (update.direction(grads[i][a:b], momenta[i][a:b], mu, group["nesterov"], wire), lengths)
+                for (i, a, b), lengths in turn.runs
             ]
+            return [part for run, lengths in runs for part in run.split(lengths)]
 
         for turn, stacks in exchange.to_matrices(grads, directions, wire):  # exchange: whole matrices on their owners
             results = [self._orthogonalize(stack, group) for stack in stacks]  # compute: 0.2 sqrt(max(A, B)) O

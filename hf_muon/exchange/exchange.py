@@ -118,6 +118,7 @@ class Turn:
                 elif job.owner == rank:
                     self._incoming[span.rank].append((job, span.stop - span.start))
         self._groups = _by_shape(self._owned)
+        self.runs = _runs(self.slices)  # of what is stored here
 
     @property
     def slices(self) -> list[Slice]:
@@ -203,6 +204,18 @@ class Turn:
             collectives.broadcast(updates, owner, self.exchange.group)
             for job, part in zip(jobs, updates.split(sizes), strict=True):
                 yield Slice(job.param, job.start, job.stop), part
+
+
+def _runs(slices: Sequence[Slice]) -> list[tuple[Slice, list[int]]]:
+    """Slices that lie side by side in a parameter as one, with the length of each: elementwise work is done by run."""
+    runs: list[tuple[Slice, list[int]]] = []
+    for piece in slices:
+        if runs and runs[-1][0].param == piece.param and runs[-1][0].stop == piece.start:
+            before, lengths = runs[-1]
+            runs[-1] = before._replace(stop=piece.stop), [*lengths, piece.stop - piece.start]
+        else:
+            runs.append((piece, [piece.stop - piece.start]))
+    return runs
 
 
 _Member = tuple[Job, int, int]  # a job, which piece of its layout, how many matrices
