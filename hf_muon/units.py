@@ -20,7 +20,7 @@ from .exchange.ownership import Job
 from .matrices import MatrixLayout
 
 # What a CPU that exchanges nothing orthogonalizes at a time, in elements: larger batches are no faster there, and
-# memory that the allocator returns to the system after every use is slower than all else that is done with it.
+# buffers so large that the allocator returns them to the system after every use cost more than what is done with them.
 CPU_TURN = 2**21
 
 

@@ -93,7 +93,7 @@ def apply_(param: Tensor, update: Tensor, lr: float, weight_decay: float, lost: 
             split_(exact, weight, rest)
         return
     for weight, change in blocks(param, update):
-        if weight.dtype in (torch.bfloat16, torch.float16):
+        if is_half(weight):
             weight.copy_(weight.float().mul_(1 - lr * weight_decay).add_(change, alpha=-lr))
         else:
             weight.mul_(1 - lr * weight_decay).add_(change, alpha=-lr)

@@ -6,11 +6,22 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def exit_with(main: Callable[[], int | None], name: str) -> None:
+    """Run a script; what its user can mend (a wrong path or value) is one line behind the script's name."""
+    try:
+        status = main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    sys.exit(status)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

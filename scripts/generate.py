@@ -7,12 +7,12 @@ unless ``--temperature`` is given. Folders of LoRA adapters are read with the ba
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import exit_with
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.generation.streamers import BaseStreamer
@@ -125,7 +125,4 @@ def generate(model: Any, tokenizer: Any, options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"generate: {error}")
+    exit_with(main, "generate")

@@ -11,11 +11,11 @@ What was not logged is named at the end, with the option that logs it.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from cells import exit_with
 from jinja2 import Environment, StrictUndefined
 from plot import default_label
 from report_figures import colours
@@ -193,8 +193,4 @@ def render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"report: {error}")
-    sys.exit(status)
+    exit_with(main, "report")

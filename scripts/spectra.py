@@ -28,7 +28,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from cells import provenance
+from cells import exit_with, provenance
 from huggingface_hub import snapshot_download
 from plot import default_label
 from spectra_report import write_report
@@ -235,8 +235,4 @@ def save(table: pd.DataFrame, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        status = main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"spectra: {error}")
-    sys.exit(status)
+    exit_with(main, "spectra")

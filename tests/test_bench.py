@@ -91,3 +91,11 @@ def test_the_share_at_measured_rates_counts_plain_iteration():
 def test_a_profile_names_operations_and_calls():
     text = bench.profile(TINY, torch.device("cpu"), steps=3)
     assert " ms a step" in text and text.count("\n| aten::") >= 5 and "\n| others | " in text
+
+
+@pytest.mark.parametrize("wrong", [["nope"], ["demo", "--contenders", "nope"]])
+def test_what_the_benchmark_does_not_know_is_refused_before_it_runs(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *wrong])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "['nope']; there are" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import pytest
 
 from hf_muon.__main__ import main
+from hf_muon.integrations.models import on_meta
 
 
 def test_moonlight_from_its_config(data, capsys):
@@ -37,3 +38,9 @@ def test_mistakes_are_one_line_that_says_what_to_do(data, capsys, argv, message)
     assert main(["explain", *argv]) == 1
     err = capsys.readouterr().err
     assert message in err and len(err.splitlines()) == 1
+
+
+def test_a_source_that_is_neither_folder_nor_reachable_says_both(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(OSError, match="runs/none is no folder here, and as a hub name"):
+        on_meta("runs/none")

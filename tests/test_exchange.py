@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_muon.exchange import collectives
-from hf_muon.exchange.exchange import Exchange
+from hf_muon.exchange.exchange import Exchange, Slice, _runs
 from hf_muon.exchange.layout import REPLICATED, Span, cut, even_placement, flat_placements, span_on
 from hf_muon.exchange.ownership import elements, plan_jobs, plan_turns, step_flops, traffic, work
 from hf_muon.matrices import MatrixLayout
@@ -421,3 +421,8 @@ def test_turns_are_kept_for_the_same_gradients_and_not_for_ever():
     assert exchange.turns([0, 1, 2]) is exchange.turns((2, 1, 0)) and len(exchange.turns([0, 1, 2])) == 3
     exchange.turns([0])
     assert len(exchange._turns) == 1
+
+
+def test_neighbouring_slices_of_a_parameter_are_one_run():
+    slices = [Slice(0, 0, 4), Slice(0, 4, 8), Slice(0, 12, 16), Slice(1, 16, 20), Slice(1, 20, 21)]
+    assert _runs(slices) == [(Slice(0, 0, 8), [4, 4]), (Slice(0, 12, 16), [4]), (Slice(1, 16, 21), [4, 1])]
