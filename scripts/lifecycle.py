@@ -14,6 +14,8 @@ from huggingface_hub import snapshot_download, upload_folder
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_muon.run import settle
+
 # In a checkpoint beside the model: what only a resumed run needs.
 RESUME_FILES = ("optimizer", "scheduler", "scaler", "rng_state")
 # What the Trainer, too, leaves out of a push.
@@ -91,8 +93,8 @@ def train_and_report(trainer: Trainer) -> None:
         say(f"pushed to {args.hub_model_id or Path(args.output_dir).name}")
     # No rank may take the process group down while another still talks to it.
     trainer.accelerator.wait_for_everyone()
-    # Closes trackers and the process group: without it a distributed run can abort when Python exits.
-    trainer.end()
+    trainer.end()  # closes trackers and the process group
+    settle()
 
 
 def _push(trainer: Trainer, finished: bool) -> None:

@@ -1,4 +1,4 @@
-"""TRL's own SFT script, which nobody edited, started with ``optim="muon"`` by ``accelerate launch`` and torchrun."""
+"""Scripts that nobody edited, such as TRL's, with ``optim="muon"``: started by ``accelerate launch`` and torchrun."""
 
 import json
 import os
@@ -43,3 +43,19 @@ def test_accelerate_launch_of_trl_sft(tmp_path, processes):
     # 16 rows, 2 per process and step: what two steps are of an epoch tells how many processes there were.
     assert state["epoch"] == pytest.approx(2 * 2 * processes / 16)
     assert [x["muon/update_rms"] > 0 for x in state["log_history"] if "loss" in x] == [True, True]
+
+
+def test_a_rank_ends_after_gloos_threads(tmp_path):
+    # What a loaded machine does to gloo's thread: still at the last collective when the script is done. Without the
+    # pause this ends in a signal.
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import time, torch, torch.distributed as dist\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "work = dist.all_reduce(torch.ones(1), async_op=True)\n"
+        "work.get_future().then(lambda done: time.sleep(0.2))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "hf_muon.run", str(script)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
