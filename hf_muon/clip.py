@@ -74,3 +74,11 @@ def rescale_(unit: Unit, factors: Mapping[str, Tensor], lost: Sequence[Tensor | 
             weights[i][scaled], rest[scaled] = part, left
     if named:
         unit.storage.write_back(weights)
+
+
+def not_copied(unit: Unit) -> Mapping[str, Tensor]:
+    """In place of factors in a copy of an optimizer, which does not hold the model that they come from."""
+    raise RuntimeError(
+        f"this copy of an optimizer with qk_clip does not know the model (in the step of {unit.names[0]}): "
+        "hf_muon.integrations.clip.attach(model, optimizer, threshold) makes it clip; or set row_factors to None"
+    )

@@ -261,8 +261,11 @@ class Muon(Optimizer):
         """``muon/...`` numbers of the last step, for logging; see :meth:`hf_muon.telemetry.Telemetry.metrics`."""
         return self.telemetry.metrics()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``pickle`` and ``copy.deepcopy``; :attr:`row_factors` refuse there, for they hold the model."""
+        return {**super().__getstate__(), "row_factors": self.row_factors and clip.not_copied}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickling and ``copy.deepcopy`` carry only groups and state; counters start anew."""
         super().__setstate__(state)
         if not hasattr(self, "telemetry"):
             self.telemetry = Telemetry()

@@ -99,3 +99,16 @@ def test_what_the_benchmark_does_not_know_is_refused_before_it_runs(wrong, monke
     with pytest.raises(SystemExit):
         bench.main()
     assert "['nope']; there are" in capsys.readouterr().err
+
+
+def test_training_overhead_needs_both_steps_of_each_models_workload(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    (_, there), (_, lacking), *_ = bench_training.MODELS.values()
+    steps = {"hf_muon": {"median": 1.0}, "torch": {"median": 1.0}}
+    workloads = {there: {"steps": steps}, lacking: {"steps": {"torch": {"median": 1.0}}}}
+    file.write_text(json.dumps({"matmul_rate": 1.0, "workloads": workloads}))
+    monkeypatch.setattr(sys, "argv", ["bench_training", "--bench", str(file)])
+    with pytest.raises(SystemExit):
+        bench_training.main()
+    said = capsys.readouterr().err
+    assert lacking in said and there not in said and "run scripts/bench.py" in said

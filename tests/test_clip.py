@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -287,6 +288,22 @@ def test_an_optimizer_that_is_gone_watches_no_more(tmp_path):
     muon.row_factors = None
     del clipping
     assert not attention._watchers
+
+
+def test_a_copy_that_would_not_clip_refuses_to_step():
+    model = MODELS["gqa"]()
+    muon, _ = optimizer(model, 1.0, lr=1e-3)
+    for copied in (copy.deepcopy(muon), pickle.loads(pickle.dumps(muon))):
+        params = [p for group in copied.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match="attach"):
+            copied.step()
+        assert all(map(torch.equal, params, before))
+        copied.row_factors = None
+        copied.step()
+        assert not any(map(torch.equal, params, before))
 
 
 def frozen():

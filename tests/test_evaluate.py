@@ -26,6 +26,13 @@ def options(*arguments):
     return script.make_parser().parse_args(["runs/x", *arguments])
 
 
+def test_without_the_harness_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install .*eval"):
+        script.main([str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_suites_have_the_papers_benchmarks_and_shots():
     shots = {suite: {b.name: b.shots for b in group} for suite, group in SUITES.items()}
     assert shots["sft"] == {"MMLU (0-shot CoT)": 0, "HumanEval": 0, "MBPP": 0, "GSM8K": 5}

@@ -247,7 +247,7 @@ def _keep(made: dict[nn.Module, Tensor], projection: nn.Module, inputs: Any, out
 def attach(model: nn.Module, optimizer: Muon, threshold: float) -> QKClip:
     """Let ``optimizer`` clip the heads of ``model``; ``optim_args="qk_clip=100"`` does it in a Trainer.
 
-    A copy of the optimizer (``copy.deepcopy``, pickle) does not clip until it is attached itself.
+    A copy of the optimizer (``copy.deepcopy``, pickle) refuses to step until it is attached itself.
 
     Args:
         model: as :func:`hf_muon.param_groups` was given it, before an engine wraps it.

@@ -129,7 +129,8 @@ class SpikeCallback(TrainerCallback):
         muon = find_muon(kwargs.get("optimizer"))
         self._remove_hook()
         if muon is not None:
-            self._hook = muon.register_step_pre_hook(self._take_gradients)
+            # Behind the step, which only reads them: what it refuses, it refuses on all ranks alike.
+            self._hook = muon.register_step_post_hook(self._take_gradients)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the optimizer and of the last batch."""
