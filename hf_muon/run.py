@@ -25,13 +25,13 @@ _SETTLE = 1.0
 
 
 def settle() -> None:
-    """Before the end of one of several processes: give gloo's threads the time to drop the last collective's tensors.
+    """Before the end of a launched rank: give gloo's threads the time to drop the last collective's tensors.
 
     Dropping a tensor takes the interpreter's lock, and a thread that asks for it while Python shuts down aborts the
     process: a run that has trained and saved all is then reported as failed (pytorch issue 190489). Destroying the
     process group does not wait for the threads once DistributedDataParallel has used it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if "WORLD_SIZE" in os.environ:  # a single rank uses gloo and DistributedDataParallel as well
         time.sleep(_SETTLE)
 
 

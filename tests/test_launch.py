@@ -47,15 +47,15 @@ def test_accelerate_launch_of_trl_sft(tmp_path, processes):
 
 def test_a_rank_ends_after_gloos_threads(tmp_path):
     # What a loaded machine does to gloo's thread: still at the last collective when the script is done. Without the
-    # pause this ends in a signal.
+    # pause one of its requests for the interpreter's lock meets the shutdown, and the process ends in a signal.
     script = tmp_path / "late.py"
     script.write_text(
         "import time, torch, torch.distributed as dist\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
         "work = dist.all_reduce(torch.ones(1), async_op=True)\n"
-        "work.get_future().then(lambda done: time.sleep(0.2))\n"
+        "work.get_future().then(lambda done: [time.sleep(0.005) for _ in range(60)])\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "1"}
     command = [sys.executable, "-m", "hf_muon.run", str(script)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ import torch
 import watching
 from transformers import TrainingArguments
 
-from hf_muon import AttentionLogitsCallback, OutputRMSCallback, SpikeCallback
+from hf_muon import AttentionLogitsCallback, Muon, OutputRMSCallback, SpikeCallback, param_groups
 from hf_muon.integrations.spikes import RobustWindow, batch_digest
 
 from . import tiny
@@ -84,6 +84,19 @@ def test_a_layer_whose_gradient_jumps_is_named_before_and_behind_clipping(tmp_pa
     norms = [row["grad_norm"] for row in run.state.log_history if "loss" in row]
     assert spike.value == pytest.approx(norms[AT - 1]) and spike.growth > 10 * clip
     assert len(warnings()) == 1 and f"{VICTIM}.weight" in warnings()[0]
+
+
+def test_what_the_step_refuses_it_refuses_in_its_own_words():
+    # Gradients are read behind the step: read before it, this one would fail on its rank alone, and the others wait.
+    model = tiny.qwen2()
+    muon = Muon(param_groups(model))
+    SpikeCallback().on_train_begin(None, None, None, optimizer=muon)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    weight = model.get_submodule(VICTIM).weight
+    weight.grad = weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match=f"{VICTIM}.weight has a sparse gradient"):
+        muon.step()
 
 
 def test_without_muon_step_and_batch_are_still_named(tmp_path, warnings):
