@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from bench_contenders import ALL, CONTENDERS, Contender
 from bench_workloads import WORKLOADS, Workload, single, tensors
+from cells import write_whole
 from comm_meter import Meter
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -216,9 +217,7 @@ def main() -> None:
     for name in options.workloads:
         results["workloads"][name] = measure(name, WORKLOADS[name], names, device)
         if options.json:  # after each: the next may take more memory than there is
-            partial = options.json.with_suffix(".partial")
-            partial.write_text(json.dumps(results, indent=1) + "\n")
-            partial.replace(options.json)
+            write_whole(options.json, json.dumps(results, indent=1) + "\n")
     print(table(results))
     for name, work in results["workloads"].items():
         print(f"{name}: {work['note']}; {work['rounds']} rounds")

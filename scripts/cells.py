@@ -24,11 +24,16 @@ def exit_with(main: Callable[[], int | None], name: str) -> None:
     sys.exit(status)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """All of it or, when killed meanwhile, what was there before."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
 def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Write ``result.json`` last and at once: its presence means that the cell is done."""
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result), encoding="utf-8")
-    partial.replace(folder / "result.json")
+    write_whole(folder / "result.json", json.dumps(result))
     return result
 
 

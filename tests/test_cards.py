@@ -108,6 +108,14 @@ def test_a_card_that_fails_is_a_warning_and_the_run_ends_well(tmp_path, caplog, 
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "trainer_state.json").is_file()
 
 
+def test_a_run_settles_when_all_is_saved_and_the_process_group_gone(tmp_path, monkeypatch):
+    trainer, order = make(tmp_path), []
+    monkeypatch.setattr(trainer, "end", lambda: order.append("end"))
+    monkeypatch.setattr(lifecycle, "settle", lambda: order.append((tmp_path / "README.md").is_file()))
+    lifecycle.train_and_report(trainer)
+    assert order == ["end", True]
+
+
 def test_another_rank_writes_no_card(tmp_path, monkeypatch):
     trainer = make(tmp_path)
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
